@@ -1,0 +1,67 @@
+"""One bilevel iteration: an inner step, the meta-gradient through it, an outer step. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamprm_jax.hypergradient import Estimator, Problem
+from dreamprm_jax.types import Batch, BilevelState, PyTree, TrainState
+from dreamprm_jax.weighting import Weighting
+
+Step = Callable[..., tuple[BilevelState, dict[str, jax.Array]]]
+"""(state, *batches) -> (state, metrics): what a training loop drives, jitted."""
+
+
+def init_train_state(inner_tx: optax.GradientTransformation, params: PyTree) -> TrainState:
+    """A fresh inner level at `params`: step 0, empty moments."""
+    return TrainState(jnp.zeros([], jnp.int32), params, inner_tx.init(params))
+
+
+def init_state(
+    inner_tx: optax.GradientTransformation,
+    meta_tx: optax.GradientTransformation,
+    weighting: Weighting,
+    params: PyTree,
+) -> BilevelState:
+    """Both levels, fresh: `params` as given, the weighting as it starts."""
+    meta_params = weighting.init()
+    return BilevelState(init_train_state(inner_tx, params), meta_params, meta_tx.init(meta_params))
+
+
+def outer_step(
+    meta_tx: optax.GradientTransformation,
+    weighting: Weighting,
+    meta_grad: PyTree,
+    meta_params: PyTree,
+    meta_opt_state: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """One step of the outer optimizer, then the projection onto the permitted weights."""
+    updates, meta_opt_state = meta_tx.update(meta_grad, meta_opt_state, meta_params)
+    return weighting.project(optax.apply_updates(meta_params, updates)), meta_opt_state
+
+
+def bilevel_step(
+    problem: Problem,
+    estimate: Estimator,
+    meta_tx: optax.GradientTransformation,
+    weighting: Weighting,
+    state: BilevelState,
+    batch: Batch,
+    meta_batch: Batch,
+) -> tuple[BilevelState, dict[str, jax.Array]]:
+    """(state, batch, meta_batch) -> (state, metrics).
+
+    The weights that the inner step uses are those before the outer step; the meta-gradient in the metrics
+    is the estimator's own, before any scaling or clipping by `meta_tx`.
+    """
+    meta_grad, train, metrics = estimate(problem, state.train, state.meta_params, batch, meta_batch)
+    meta_params, meta_opt_state = outer_step(
+        meta_tx, weighting, meta_grad, state.meta_params, state.meta_opt_state
+    )
+    metrics["meta_grad"] = meta_grad
+    metrics["meta_grad_norm"] = optax.tree.norm(meta_grad)
+    return BilevelState(train, meta_params, meta_opt_state), metrics

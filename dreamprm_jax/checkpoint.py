@@ -1,0 +1,181 @@
+"""Orbax checkpoints of a whole run, and the one place where a model is loaded from wherever it lies.
+
+A checkpoint holds the state of both levels, how often each row was visited, and where each data stream
+stands: what a killed run needs to go on bit for bit. A workdir also keeps the model's config and tokenizer,
+so that it can be loaded by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.data.tokens import PRMTokenizer, load_tokenizer, wrap
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.metrics import write_text
+from dreamprm_jax.models import config_json, convert, internvl, presets
+from dreamprm_jax.types import BilevelState, PyTree
+
+CHECKPOINTS, MODEL = "checkpoints", "model"
+
+
+class Snapshot(NamedTuple):
+    """What is saved: everything but the config."""
+
+    state: BilevelState
+    visits: np.ndarray  # int64 [num_examples]: how often each training row was drawn by the bilevel phase
+    progress: dict[str, Any]  # JSON: the phase, its next step, each data stream's own state
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, by the run's step (cold start included)."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self._manager = ocp.CheckpointManager(
+            (workdir / CHECKPOINTS).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                # Saved in place: the next step donates the buffers that a background save would still read.
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Writes a snapshot, atomically; saving a step again is a no-op."""
+        arrays = {"state": snapshot.state, "visits": snapshot.visits}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(snapshot.progress)
+            ),
+        )
+
+    def restore_latest(self, template: Snapshot) -> Snapshot | None:
+        """The newest snapshot, shaped and placed like `template`; None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        arrays = {"state": template.state, "visits": template.visits}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays), progress=ocp.args.JsonRestore()),
+        )
+        return Snapshot(
+            restored["arrays"]["state"], np.asarray(restored["arrays"]["visits"]), restored["progress"]
+        )
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()
+
+
+class Model(NamedTuple):
+    """A process reward model: its shape, its parameters, its tokenizer."""
+
+    config: presets.InternVLConfig
+    params: PyTree
+    tokenizer: PRMTokenizer
+
+
+def save_model_card(workdir: Path, config: presets.InternVLConfig, tokenizer: PRMTokenizer) -> None:
+    """Keeps the model's config and tokenizer beside the checkpoints, so that the workdir can be loaded alone."""
+    (workdir / MODEL).mkdir(parents=True, exist_ok=True)
+    write_text(workdir / MODEL / "config.json", config_json.config_to_json(config, "original"))
+    write_text(workdir / MODEL / "tokenizer.json", tokenizer.tokenizer.to_str())
+
+
+def load_model(cfg: Any, seed: int) -> Model:
+    """Loads what `cfg` (the config's `model`) names, and applies its compute settings.
+
+    Args:
+      cfg: `checkpoint` is a directory in either InternVL layout, a Hub id, a workdir of ours, or None for a
+        fresh tiny model with the embedded benchmark's tokenizer.
+      seed: of fresh parameters.
+
+    Raises:
+      InputError: names what is missing or does not fit.
+    """
+    if cfg.checkpoint is None:
+        tokenizer = wrap(noisy_steps.tokenizer())
+        config = presets.tiny(tokenizer.vocab_size)
+        params = internvl.init(config, jax.random.key(seed))
+    elif (Path(cfg.checkpoint) / CHECKPOINTS).is_dir():
+        config, params = load_workdir(Path(cfg.checkpoint))
+        tokenizer = load_tokenizer(cfg.tokenizer or Path(cfg.checkpoint) / MODEL)
+    else:
+        directory = convert.checkpoint_directory(cfg.checkpoint)
+        tokenizer = load_tokenizer(cfg.tokenizer or directory)
+        config, params = convert.load_checkpoint(directory)
+    if tokenizer.vocab_size > config.language.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding {config.language.vocab_size} "
+            "rows: set model.tokenizer to the checkpoint's own"
+        )
+    config = dataclasses.replace(config, remat=cfg.remat, compute_dtype=cfg.compute_dtype)
+    dtype = jnp.dtype(cfg.param_dtype)
+    return Model(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), tokenizer)
+
+
+def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:
+    """The newest parameters of a run of ours.
+
+    Raises:
+      InputError: no finished checkpoint in it.
+    """
+    config = config_json.config_from_json(workdir / MODEL / "config.json")
+    shapes = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
+    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(
+                f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save"
+            )
+        # Only the parameters: moments and table of a 1B run are three times their size.
+        partial = {"state": {"train": {"params": shapes}}}
+        restored = manager.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(partial, partial_restore=True))
+        )
+    return config, restored["arrays"]["state"]["train"]["params"]
+
+
+def claim_workdir(workdir: Path, record: dict[str, Any]) -> None:
+    """Makes `workdir` this run's own, or checks that it already is: config.json holds `record`.
+
+    Args:
+      workdir: created where it does not exist.
+      record: the config, and a fingerprint of each data file.
+
+    Raises:
+      InputError: the workdir belongs to a run with another config or other data; names the first difference.
+    """
+    path = workdir / "config.json"
+    record = json.loads(json.dumps(record))
+    if path.is_file():
+        difference = _first_difference(json.loads(path.read_text(encoding="utf-8")), record)
+        if difference:
+            raise InputError(
+                f"{path}: {difference}; give another --workdir, or remove this one to start over"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=2))
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            found = _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if old == new else f"was begun with {name}={old}, now {name}={new}"

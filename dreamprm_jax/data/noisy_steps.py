@@ -1,0 +1,404 @@
+"""The embedded benchmark: rendered boards, chains of look-ups, sources of different quality. numpy + tokenizers.
+
+The picture is a board of four rooms (NW NE SW SE). Every room shows a hexadecimal digit, a door (a small map of the
+board whose lit quarter is the room that the door leads to) and a sign (star, disc, square, wedge). Digits differ between the
+rooms, doors form a permutation and each sign occurs once, so every look-up is one-to-one: a chain with one wrong
+step ends at a wrong answer. A question names a start and asks for the digit at the end:
+
+    doors   "start NW"      NW to SE / SE shows 7
+    signs   "find star"     star in SW / SW shows 4
+    tour    "follow star"   star in SW / SW to NE / NE shows 0
+
+A wrong step claims another value of the same kind, drawn so that the text alone says nothing about right or wrong;
+the steps after it are true look-ups from the wrong place. A step is labelled "+" while the solution is right up to
+and including it (as in VisualPRM), so all steps after the first error are "-".
+
+Training sources: `clean` has true labels; in `flipped` a share of the chains has the opposite verdict (a right chain
+is given a first error at a random step, a wrong one is all "+"); `always_plus` says "+" to everything; `trivial`
+repeats the question and is rightly all "+". Meta and test chains have the true answer's correctness only; the labels
+in their turns are all "+", the history that a selector sees.
+
+`pretrain` is the declared stand-in for what the real system starts from, a pretrained vision-language model: dialogues
+of single look-ups on boards of their own ("NW to" -> "SE"), without a single "+" or "-".
+"""
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from dreamprm_jax.data.conversation import (
+    END_OF_TEXT,
+    HEADERS,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_MARKER,
+    IMAGE_START,
+    SEPARATOR,
+    TURN_END,
+    TURN_START,
+)
+from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, Example, Turn
+from dreamprm_jax.errors import InputError
+
+ROOMS = ("NW", "NE", "SW", "SE")
+SIGNS = ("star", "disc", "square", "wedge")
+DIGITS = tuple("0123456789ABCDEF")
+SOURCES = ("clean", "flipped", "always_plus", "trivial")
+
+PATCH = 7  # px; every mark of a room fills one patch
+IMAGE_SIZE = 4 * PATCH  # px: two rooms a side, two patches a room
+
+# The longest match wins, so a turn's header is one token here where the real tokenizer needs three: shorter rows.
+SPECIAL_TOKENS = (
+    *(END_OF_TEXT, TURN_START, TURN_END, SEPARATOR, *HEADERS.values()),
+    *(IMAGE_START, IMAGE_END, IMAGE_CONTEXT),
+)
+VERBS = {"doors": "start", "signs": "find", "tour": "follow"}
+RELATIONS = {"doors": ("to", "shows"), "signs": ("in", "shows"), "tour": ("in", "to", "shows")}
+
+# Marks as rows of bits, most significant bit on the left.
+SIGN_ROWS = ((4, 21, 14, 21, 4), (14, 31, 31, 31, 14), (31, 17, 17, 17, 31), (1, 3, 7, 15, 31))
+
+
+class Sizes(NamedTuple):
+    """Sizes and corruption rates. Changing one split leaves the others as they are, byte for byte.
+
+    A rate is a probability per chain. `right_rate` is the share of right chains in the training sources and the cold start;
+    meta and test candidates get theirs from each question's difficulty (see `_difficulty`).
+    """
+
+    pretrain: int = 2000  # dialogues of `pretrain_turns` look-ups each
+    pretrain_turns: int = 4
+    cold_start: int = 200  # chains with step labels
+    cold_start_flip_rate: float = 0.0  # share of cold-start chains with the opposite verdict
+    clean: int = 600  # training chains per source
+    flipped: int = 700
+    always_plus: int = 500
+    trivial: int = 200
+    flip_rate: float = 0.8  # share of the chains of `flipped` with the opposite verdict
+    right_rate: float = 0.5
+    early_error_rate: float = (
+        0.7  # a wrong chain's first error is at step 0; else uniform over the later steps
+    )
+    meta_questions: int = 50
+    meta_candidates: int = 4  # chains per meta question
+    test_questions: int = 500
+    candidates: int = 8  # chains per test question
+    common_error_rate: float = 0.2  # a wrong candidate makes the question's typical mistake
+
+
+class Question(NamedTuple):
+    """A test question with its C candidates; `step_labels` is the truth, never seen by a model."""
+
+    examples: tuple[Example, ...]  # [C]
+    answers: tuple[str, ...]  # [C] final answers, for votes
+    correct: tuple[bool, ...]  # [C]
+    step_labels: tuple[tuple[str, ...], ...]  # [C][S] "+" | "-"
+
+
+class Splits(NamedTuple):
+    """Everything that one seed makes. `Example.row` counts from 0 in each split (test: over all candidates)."""
+
+    pretrain: list[Example]
+    cold_start: list[Example]
+    train: list[Example]
+    meta: list[Example]
+    test: list[Question]
+
+
+class _Board(NamedTuple):
+    tables: dict[str, dict[str, str]]  # relation -> key -> value
+    png: bytes
+
+
+class _Task(NamedTuple):
+    board: _Board
+    family: str
+    start: str
+
+    @property
+    def question(self) -> str:
+        return f"{VERBS[self.family]} {self.start}"
+
+
+class _Chain(NamedTuple):
+    steps: tuple[str, ...]  # [S]
+    labels: tuple[str, ...]  # [S] the truth
+    answer: str
+
+
+class _Error(NamedTuple):
+    step: int
+    value: str
+
+
+def make(seed: int, sizes: Sizes = Sizes()) -> Splits:
+    """Make all splits from `seed`, the same bytes on every machine.
+
+    Raises InputError where `sizes` cannot be used.
+    """
+    _check(sizes)
+    rngs = [np.random.default_rng([seed, stream]) for stream in range(5)]
+    return Splits(
+        _pretrain(rngs[0], sizes),
+        _cold_start(rngs[1], sizes),
+        _train(rngs[2], sizes),
+        _meta(rngs[3], sizes),
+        _test(rngs[4], sizes),
+    )
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    """A word-level tokenizer of the benchmark's own words; the template's markers are single tokens.
+
+    An unknown word is an error of the caller, not a token: encoding it raises.
+    """
+    words = [PLUS, MINUS, *ROOMS, *SIGNS, *DIGITS, *VERBS.values(), "to", "in", "shows"]
+    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
+    result = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unknown>"))
+    result.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    result.add_special_tokens(
+        [tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS]
+    )
+    return result
+
+
+def _check(sizes: Sizes) -> None:
+    for name, value in sizes._asdict().items():
+        if name.endswith("_rate") and not 0.0 <= value <= 1.0:
+            raise InputError(f"noisy_steps: {name} = {value!r} must lie in [0, 1]")
+        if not name.endswith("_rate") and (not isinstance(value, int) or value < 0):
+            raise InputError(f"noisy_steps: {name} = {value!r} must be a whole number >= 0")
+    if not 1 <= sizes.pretrain_turns <= 12:
+        raise InputError(
+            f"noisy_steps: pretrain_turns = {sizes.pretrain_turns} must lie in [1, 12]: a board has 12 look-ups"
+        )
+
+
+# The splits.
+
+
+def _pretrain(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
+    return [_dialogue(rng, row, sizes.pretrain_turns) for row in range(sizes.pretrain)]
+
+
+def _dialogue(rng: np.random.Generator, row: int, num_turns: int) -> Example:
+    board = _board(rng)
+    facts = [
+        (key, relation, value) for relation, table in board.tables.items() for key, value in table.items()
+    ]
+    turns = []
+    for index in rng.permutation(len(facts))[:num_turns]:
+        key, relation, value = facts[index]
+        turns += [Turn(HUMAN, f"{key} {relation}"), Turn(GPT, value)]
+    turns[0] = Turn(HUMAN, f"{IMAGE_MARKER}{turns[0].text}")
+    return Example(
+        row, f"pretrain_{row}", tuple(turns), (board.png,), dataset="pretrain", place=f"pretrain row {row}"
+    )
+
+
+def _cold_start(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
+    makers = {"cold_start": lambda: _labelled(rng, sizes, sizes.cold_start_flip_rate)}
+    return _numbered("cold_start", makers, ["cold_start"] * sizes.cold_start)
+
+
+def _train(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
+    makers = {
+        "clean": lambda: _labelled(rng, sizes, 0.0),
+        "flipped": lambda: _labelled(rng, sizes, sizes.flip_rate),
+        "always_plus": lambda: _always_plus(rng, sizes),
+        "trivial": lambda: _trivial(rng),
+    }
+    counts = (sizes.clean, sizes.flipped, sizes.always_plus, sizes.trivial)
+    sources = [source for source, count in zip(SOURCES, counts, strict=True) for _ in range(count)]
+    return _numbered("train", makers, [sources[index] for index in rng.permutation(len(sources))])
+
+
+def _numbered(split: str, makers: dict, sources: list[str]) -> list[Example]:
+    rows = []
+    for row, source in enumerate(sources):
+        task, chain, labels = makers[source]()
+        example = _example(split, row, task, chain, labels)
+        rows.append(example._replace(dataset=source, corrupted=labels != chain.labels))
+    return rows
+
+
+def _meta(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
+    questions = [
+        _question(rng, sizes, "meta", number, sizes.meta_candidates) for number in range(sizes.meta_questions)
+    ]
+    return [example for question in questions for example in question.examples]
+
+
+def _test(rng: np.random.Generator, sizes: Sizes) -> list[Question]:
+    return [_question(rng, sizes, "test", number, sizes.candidates) for number in range(sizes.test_questions)]
+
+
+# Chains.
+
+
+def _task(rng: np.random.Generator) -> _Task:
+    family = _choice(rng, tuple(RELATIONS))
+    board = _board(rng)
+    return _Task(board, family, _choice(rng, tuple(board.tables[RELATIONS[family][0]])))
+
+
+def _solve(task: _Task, error: _Error | None) -> _Chain:
+    """Follow the task's look-ups; at `error.step` claim `error.value` and go on from there."""
+    here, steps, labels, right = task.start, [], [], True
+    for index, relation in enumerate(RELATIONS[task.family]):
+        value = task.board.tables[relation][here]
+        if error is not None and error.step == index:
+            right = right and error.value == value
+            value = error.value
+        steps.append(f"{here} {relation} {value}")
+        labels.append(PLUS if right else MINUS)
+        here = value
+    return _Chain(tuple(steps), tuple(labels), here)
+
+
+def _error(rng: np.random.Generator, task: _Task, early_rate: float) -> _Error:
+    """A mistake on the right path: mostly at the first look-up, any other value of the same kind alike."""
+    relations = RELATIONS[task.family]
+    step = 0 if rng.random() < early_rate else 1 + int(rng.integers(len(relations) - 1))
+    right = _solve(task, None).steps[step].split()[-1]
+    kinds = DIGITS if relations[step] == "shows" else ROOMS
+    return _Error(step, _choice(rng, tuple(value for value in kinds if value != right)))
+
+
+def _labelled(rng: np.random.Generator, sizes: Sizes, flip_rate: float) -> tuple:
+    task = _task(rng)
+    error = _error(rng, task, sizes.early_error_rate)
+    flip, right = rng.random() < flip_rate, rng.random() < sizes.right_rate
+    chain = _solve(task, None if right else error)
+    if not flip:
+        return task, chain, chain.labels
+    num_right = error.step if right else len(chain.steps)
+    return task, chain, (PLUS,) * num_right + (MINUS,) * (len(chain.steps) - num_right)
+
+
+def _always_plus(rng: np.random.Generator, sizes: Sizes) -> tuple:
+    task, chain, labels = _labelled(rng, sizes, 0.0)
+    return task, chain, (PLUS,) * len(labels)
+
+
+def _trivial(rng: np.random.Generator) -> tuple:
+    task = _task(rng)
+    num_steps = len(RELATIONS[task.family])
+    chain = _Chain((task.question,) * num_steps, (PLUS,) * num_steps, "")
+    return task, chain, chain.labels
+
+
+def _question(
+    rng: np.random.Generator, sizes: Sizes, split: str, number: int, num_candidates: int
+) -> Question:
+    task = _task(rng)
+    typical = _error(rng, task, sizes.early_error_rate)
+    wrong_rate = _difficulty(rng)
+    chains = []
+    for _ in range(num_candidates):
+        other = _error(rng, task, sizes.early_error_rate)
+        error = typical if rng.random() < sizes.common_error_rate else other
+        chains.append(_solve(task, error if rng.random() < wrong_rate else None))
+    examples, correct = [], []
+    for index, chain in enumerate(chains):
+        row = number * num_candidates + index
+        correct.append(MINUS not in chain.labels)
+        example = _example(split, row, task, chain, (PLUS,) * len(chain.steps))
+        examples.append(example._replace(true_false=correct[-1], dataset=split))
+    return Question(
+        tuple(examples),
+        tuple(chain.answer for chain in chains),
+        tuple(correct),
+        tuple(chain.labels for chain in chains),
+    )
+
+
+def _difficulty(rng: np.random.Generator) -> float:
+    """A question's share of wrong candidates: uniform on [0.45, 0.85], so about one candidate in three is right."""
+    return 0.45 + 0.4 * rng.random()
+
+
+def _example(split: str, row: int, task: _Task, chain: _Chain, labels: tuple[str, ...]) -> Example:
+    turns = [Turn(HUMAN, f"{IMAGE_MARKER}{task.question}")]
+    for step, label in zip(chain.steps, labels, strict=True):
+        turns += [Turn(HUMAN, step), Turn(GPT, label)]
+    return Example(row, f"{split}_{row}", tuple(turns), (task.board.png,), place=f"{split} row {row}")
+
+
+def _choice(rng: np.random.Generator, values: tuple[str, ...]) -> str:
+    return values[int(rng.integers(len(values)))]
+
+
+# Boards and their pictures.
+
+
+def _board(rng: np.random.Generator) -> _Board:
+    doors, signs = rng.permutation(4), rng.permutation(4)
+    digits = rng.permutation(16)[:4]
+    tables = {
+        "in": {SIGNS[sign]: ROOMS[room] for room, sign in enumerate(signs)},
+        "to": {ROOMS[room]: ROOMS[door] for room, door in enumerate(doors)},
+        "shows": {ROOMS[room]: DIGITS[digit] for room, digit in enumerate(digits)},
+    }
+    return _Board(tables, _png(_draw(rng, doors, signs, digits)))
+
+
+def _draw(rng: np.random.Generator, doors: np.ndarray, signs: np.ndarray, digits: np.ndarray) -> np.ndarray:
+    """The board as uint8 [IMAGE_SIZE, IMAGE_SIZE, 3]: ink and paper differ from picture to picture."""
+    paper = rng.integers(200, 256, size=3)
+    ink = rng.integers(0, 90, size=3)
+    marks = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+    for room in range(4):
+        top, left = 2 * PATCH * (room // 2), 2 * PATCH * (room % 2)
+        marks[top : top + PATCH, left : left + PATCH] = _lamps(digits[room])
+        marks[top : top + PATCH, left + PATCH : left + 2 * PATCH] = _door(doors[room])
+        marks[top + PATCH : top + 2 * PATCH, left : left + PATCH] = _sign(signs[room])
+    return np.where(marks[:, :, None], ink, paper).astype(np.uint8)
+
+
+def _lamps(digit: int) -> np.ndarray:
+    """Four lamps [PATCH, PATCH], lit where the digit has a one: bits 8 4 / 2 1."""
+    marks = np.zeros((PATCH, PATCH), bool)
+    for lamp in range(4):
+        top, left = 4 * (lamp // 2), 4 * (lamp % 2)
+        marks[top : top + 3, left : left + 3] = (digit >> (3 - lamp)) & 1
+    return marks
+
+
+def _sign(sign: int) -> np.ndarray:
+    """A sign [PATCH, PATCH], 5 px high and wide, in the middle of the patch."""
+    marks = np.zeros((PATCH, PATCH), bool)
+    marks[1:-1, 1:-1] = (np.array(SIGN_ROWS[sign])[:, None] >> np.arange(4, -1, -1)) & 1
+    return marks
+
+
+def _door(target: int) -> np.ndarray:
+    """A framed map [PATCH, PATCH] of the board with the quarter of room `target` filled."""
+    marks = np.ones((PATCH, PATCH), bool)
+    marks[1:-1, 1:-1] = False
+    top, left = 1 + 3 * (target // 2), 1 + 3 * (target % 2)
+    marks[top : top + 2, left : left + 2] = True
+    return marks
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """An RGB PNG of uint8 [height, width, 3] with one stored block: no compressor whose bytes depend on its version."""
+    height, width, _ = pixels.shape
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()
+    size = len(rows)
+    stream = (
+        b"\x78\x01\x01"
+        + struct.pack("<HH", size, size ^ 0xFFFF)
+        + rows
+        + struct.pack(">I", zlib.adler32(rows))
+    )
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )

@@ -1,0 +1,278 @@
+"""The published JSON files -> Examples, every row checked.
+
+A file is a JSON list of rows, or JSONL (one row a line, blank lines skipped); its content tells which.
+`.gz` of either is read too. A row:
+
+    {"id": str | int, "image": str | list of str | null,
+     "conversations": [{"from": "system" | "human" | "gpt", "value": str}, ...],
+     "true_false"?: bool, "dataset"?: str}
+
+Other fields are left alone. Labels are exactly "+" or "-", as in all published rows: nothing is stripped.
+"""
+
+import functools
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from dreamprm_jax.data.conversation import IMAGE_MARKER, check_image_markers, find_control_token
+from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, SYSTEM, Example, Turn
+from dreamprm_jax.errors import InputError
+
+_MAX_IMAGE_PATH = 4096  # characters; longer ones name no file on any system
+_SPACE = re.compile(r"[ \t\n\r]*")
+_EMPTY_LIST = re.compile(r"\s*\[\s*\]\s*")
+
+
+class _Rules(NamedTuple):
+    """What the rows of one file are checked against."""
+
+    image_root: str | Path | None
+    find_image: Callable[[str], Path | None]
+    outcome_required: bool
+    labels_required: bool
+
+
+def read_examples(
+    path: str | Path, image_root: str | Path | None, *, outcome_required: bool, labels_required: bool = True
+) -> list[Example]:
+    """Reads and checks a training, meta or test file.
+
+    Args:
+      path: the file; its name as given begins `Example.place`.
+      image_root: directory that holds the images; None where no row has one.
+      outcome_required: meta files: every row must have "true_false".
+      labels_required: False where labels are not used (scoring with every label "+"): a gpt turn may then say
+        "" or null, and is read as "+".
+
+    Returns:
+      The rows in the file's order; `row` is the position among the rows, from 0.
+
+    Raises:
+      InputError: the file cannot be read, or a row is not as it must be. The message is the first bad row's,
+        and says how many more there are.
+    """
+    find = functools.cache(functools.partial(find_image, image_root=image_root))
+    rules = _Rules(image_root, find, outcome_required, labels_required)
+    examples, errors = [], []
+    for row, parsed in enumerate(_parse_rows(_read_text(Path(path)), str(path))):
+        try:
+            examples.append(_example(parsed, row, f"{path} row {row}", rules))
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        more = f" (and {len(errors) - 1} more bad rows)" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{more}") from errors[0]
+    if not examples:
+        raise InputError(f"{path}: no rows; give a JSON list of rows, or JSONL")
+    return examples
+
+
+def find_image(value: str, *, image_root: str | Path | None) -> Path | None:
+    """The image that a row's path means, or None.
+
+    Leading `/`, `./` and `../` are dropped; then the longest suffix of the path that is a file under
+    `image_root` is taken. A file outside the root is never taken, even where the path or a link leads there.
+    """
+    if not image_root or len(value) > _MAX_IMAGE_PATH:
+        return None
+    root = os.path.realpath(image_root)
+    parts = list(PurePosixPath(value).parts)
+    while parts and parts[0] in ("/", "//", ".."):
+        del parts[0]
+    for start in range(len(parts)):
+        candidate = os.path.join(root, *parts[start:])
+        if os.path.isfile(candidate) and os.path.realpath(candidate).startswith(os.path.join(root, "")):
+            return Path(image_root, *parts[start:])
+    return None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {line} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); give a .json or .jsonl file") from error
+
+
+def _parse_rows(text: str, name: str) -> Iterator[Any]:
+    """The rows of a file as parsed JSON; one that cannot be parsed is given as its InputError."""
+    start = _skip_space(text, 0)
+    return _parse_list(text, name) if text[start : start + 1] == "[" else _parse_lines(text, name)
+
+
+def _parse_lines(text: str, name: str) -> Iterator[Any]:
+    row = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield _not_json(f"{name} row {row} (line {number})", error)
+            row += 1
+
+
+def _parse_list(text: str, name: str) -> Iterator[Any]:
+    """Row by row rather than at once, so that an error knows its row; the first error is the last row."""
+    if _EMPTY_LIST.fullmatch(text):
+        return
+    decoder, position, row, mark = json.JSONDecoder(), _skip_space(text, 0), 0, "["
+    while mark != "]":
+        try:
+            value, position = decoder.raw_decode(text, _skip_space(text, position + 1))
+            position = _skip_space(text, position)
+            mark = text[position : position + 1]
+            if mark not in ("]", ","):
+                raise json.JSONDecodeError('expected "," or "]"', text, position)
+            if mark == "]" and _skip_space(text, position + 1) < len(text):
+                raise json.JSONDecodeError('text after the last "]"', text, position + 1)
+        except (ValueError, RecursionError) as error:
+            line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+            yield _not_json(f"{name} row {row}{line}", error)
+            return
+        yield value
+        row += 1
+
+
+def _skip_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()
+
+
+def _not_json(place: str, error: Exception) -> InputError:
+    if isinstance(error, RecursionError):
+        reason = "nested too deeply"
+    elif isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} at column {error.colno}"
+    else:
+        reason = str(error)
+    return InputError(
+        f"{place}: not valid JSON ({reason}); correct it, or write the file again if it was cut"
+    )
+
+
+def _error(place: str, field: str, problem: str) -> InputError:
+    return InputError(f'{place}: "{field}" {problem}')
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a readable length."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):  # deep nesting
+        text = type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _example(row: Any, index: int, place: str, rules: _Rules) -> Example:
+    if isinstance(row, InputError):
+        raise row
+    if not isinstance(row, dict):
+        raise InputError(f'{place}: is {_shown(row)}; a row is an object: "id", "image", "conversations"')
+    row_id = _required(row, "id", place)
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise _error(place, "id", f"is {_shown(row_id)}; it must be text or a whole number")
+    images = _images(_required(row, "image", place, "; write null for a row without image"), place, rules)
+    turns = _turns(_required(row, "conversations", place), place, rules.labels_required)
+    check_image_markers(turns, len(images), place)
+    true_false, dataset = row.get("true_false"), row.get("dataset")
+    if true_false is not None and not isinstance(true_false, bool):
+        raise _error(place, "true_false", f"is {_shown(true_false)}; it must be true or false")
+    if true_false is None and rules.outcome_required:
+        raise _error(place, "true_false", "is missing; a meta row needs true or false")
+    if dataset is not None:
+        _check_text(dataset, place, "dataset")
+    return Example(
+        row=index, id=row_id, turns=turns, images=images, true_false=true_false, dataset=dataset, place=place
+    )
+
+
+def _required(row: dict, field: str, place: str, advice: str = "; add it") -> Any:
+    if field not in row:
+        raise _error(place, field, f"is missing{advice}")
+    return row[field]
+
+
+def _check_text(value: Any, place: str, field: str) -> str:
+    """Checks for text that can be tokenised: not empty, no half of a surrogate pair."""
+    if not isinstance(value, str) or not value.strip():
+        raise _error(place, field, f"is {_shown(value)}; it must be text, and not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise _error(place, field, f"holds {half}, half a surrogate pair; remove it") from error
+    return value
+
+
+def _images(value: Any, place: str, rules: _Rules) -> tuple[Path, ...]:
+    if value is None:
+        return ()
+    names = value if isinstance(value, list) else [value]
+    if not names:
+        raise _error(place, "image", "is an empty list; write null for a row without image")
+    return tuple(_image(_check_text(name, place, "image"), place, rules) for name in names)
+
+
+def _image(name: str, place: str, rules: _Rules) -> Path:
+    if not rules.image_root:
+        raise _error(place, "image", f"is {_shown(name)}, but no image directory is given; set one")
+    image = rules.find_image(name)
+    if image is None:
+        problem = f"{_shown(name)} is no file under {rules.image_root}; put it there or correct the path"
+        raise _error(place, "image", problem)
+    return image
+
+
+def _turns(value: Any, place: str, labels_required: bool) -> tuple[Turn, ...]:
+    if not isinstance(value, list) or not value:
+        raise _error(place, "conversations", f"is {_shown(value)}; it must be a list of turns, and not empty")
+    turns: list[Turn] = []
+    for number, item in enumerate(value):
+        field = f"conversations[{number}]"
+        turn = _turn(item, place, field, labels_required)
+        if turn.role == SYSTEM and number > 0:
+            raise _error(place, field, 'is a "system" turn; only the first turn can be one')
+        if turn.role == GPT and (number == 0 or turns[-1].role != HUMAN):
+            raise _error(place, field, 'is a "gpt" turn, but no "human" turn is before it; add the step')
+        turns.append(turn)
+    if turns[-1].role != GPT:
+        problem = f'ends with a "{turns[-1].role}" turn; the last step needs its "gpt" turn too'
+        raise _error(place, "conversations", problem)
+    return tuple(turns)
+
+
+def _turn(item: Any, place: str, field: str, labels_required: bool) -> Turn:
+    if not isinstance(item, dict):
+        raise _error(place, field, f'is {_shown(item)}; a turn is an object with "from" and "value"')
+    role = item.get("from")
+    if role not in (SYSTEM, HUMAN, GPT):
+        raise _error(place, f"{field}.from", f'is {_shown(role)}; it must be "system", "human" or "gpt"')
+    field = f"{field}.value"
+    if role == GPT:
+        return Turn(GPT, _label(item.get("value"), place, field, labels_required))
+    text = _check_text(item.get("value"), place, field)
+    token = find_control_token(text)
+    if token:
+        raise _error(place, field, f"holds the control token {token}; take it out of the text")
+    if role == SYSTEM and IMAGE_MARKER in text:
+        raise _error(place, field, f'holds {IMAGE_MARKER}; images can stand in "human" turns only')
+    return Turn(role, text)
+
+
+def _label(value: Any, place: str, field: str, labels_required: bool) -> str:
+    if value in (PLUS, MINUS):
+        return value
+    if not labels_required and value in ("", None):
+        return PLUS
+    raise _error(place, field, f'is {_shown(value)}; a label is exactly "{PLUS}" or "{MINUS}"')

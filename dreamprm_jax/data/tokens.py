@@ -1,0 +1,146 @@
+"""Tokenizer and the ids looked up in it by their text; an `Example` becomes an `Encoded`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from dreamprm_jax.data.conversation import (
+    END_OF_TEXT,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    TURN_END,
+    TURN_START,
+    render,
+)
+from dreamprm_jax.data.example import MINUS, PLUS, Encoded, Example
+from dreamprm_jax.errors import InputError
+
+
+class PRMTokenizer(NamedTuple):
+    """A tokenizer with the ids that a process reward model needs. Can be pickled, for Grain's workers."""
+
+    tokenizer: Tokenizer
+    plus_id: int
+    minus_id: int
+    image_context_id: int
+    pad_id: int
+    vocab_size: int  # V of the tokenizer; a model's embedding may have more rows
+
+
+def load_tokenizer(directory: str | Path) -> PRMTokenizer:
+    """Loads `tokenizer.json` of a directory.
+
+    Raises:
+      InputError: no such file, a damaged one, or a token that is missing.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a directory with a tokenizer.json (model.tokenizer)")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise InputError(f"{path}: not a readable tokenizer.json ({error}); download it again") from error
+    return wrap(tokenizer, str(path))
+
+
+def wrap(tokenizer: Tokenizer, name: str = "tokenizer") -> PRMTokenizer:
+    """Looks up the ids in a tokenizer, and switches its truncation and padding off.
+
+    Args:
+      tokenizer: as read from a file, or built in memory.
+      name: begins error messages.
+
+    Raises:
+      InputError: a label, image or turn token that is not exactly one token of its own.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for text in (TURN_START, TURN_END, IMAGE_START, IMAGE_END):
+        _single_id(tokenizer, text, name)
+    has_end_of_text = tokenizer.token_to_id(END_OF_TEXT) is not None
+    return PRMTokenizer(
+        tokenizer=tokenizer,
+        plus_id=_single_id(tokenizer, PLUS, name),
+        minus_id=_single_id(tokenizer, MINUS, name),
+        image_context_id=_single_id(tokenizer, IMAGE_CONTEXT, name),
+        pad_id=_single_id(tokenizer, END_OF_TEXT if has_end_of_text else TURN_END, name),
+        vocab_size=tokenizer.get_vocab_size(),
+    )
+
+
+def _single_id(tokenizer: Tokenizer, text: str, name: str) -> int:
+    token_id = tokenizer.token_to_id(text)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if token_id is None or ids != [token_id]:
+        raise InputError(
+            f'{name}: "{text}" must be one token, but gives {ids}; take an InternVL checkpoint\'s tokenizer'
+        )
+    return token_id
+
+
+def encode(
+    tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], tokens_per_tile: int
+) -> Encoded:
+    """Tokenises a whole row at once.
+
+    Args:
+      tokenizer: of the model that will read the ids.
+      example: the row.
+      num_tiles: tiles of each image of the row, thumbnail included.
+      tokens_per_tile: I image tokens per tile.
+
+    Returns:
+      Encoded with T = text tokens + I * sum(num_tiles). The scored position is the token before each label.
+
+    Raises:
+      InputError: image tokens that do not match the images, or a label that is not one token.
+    """
+    rendered = render(example)
+    encoding = tokenizer.tokenizer.encode(rendered.text, add_special_tokens=False)
+    ids = np.array(encoding.ids, np.int32)
+    images = np.flatnonzero(ids == tokenizer.image_context_id)
+    if not len(images) == len(num_tiles) == rendered.num_image_markers:
+        raise InputError(
+            f'{example.place}: "conversations" has {len(images)} {IMAGE_CONTEXT} token(s) for '
+            f"{rendered.num_image_markers} image(s) and {len(num_tiles)} tile count(s); "
+            f"take {IMAGE_CONTEXT} out of the text"
+        )
+    labels = [_label_index(encoding, span, example.place) for span in rendered.label_spans]
+    labels = np.array(labels, np.int32)
+    repeats = np.ones(len(ids), np.int32)
+    repeats[images] = tokens_per_tile * np.array(num_tiles, np.int32)
+    ends = np.cumsum(repeats)  # of each token's ids after the expansion
+    tokens = np.repeat(ids, repeats)
+    return Encoded(
+        tokens=tokens,
+        image_mask=tokens == tokenizer.image_context_id,
+        step_positions=(ends[labels] - 2).astype(np.int32),
+        labels=ids[labels],
+        num_tiles=int(sum(num_tiles)),
+    )
+
+
+def _label_index(encoding: Encoding, span: tuple[int, int], place: str) -> int:
+    """Index of the token that is exactly the label at `span` (characters)."""
+    index = encoding.char_to_token(span[0])
+    if index is None or encoding.token_to_chars(index) != span:
+        raise InputError(f'{place}: "conversations" has a label that is not one token; write "+" or "-"')
+    return index
+
+
+def check_length(encoded: Encoded, context: int, place: str) -> None:
+    """Checks that a row fits into the model's context of `context` tokens.
+
+    Raises:
+      InputError: it does not.
+    """
+    length = len(encoded.tokens)
+    if length > context:
+        raise InputError(
+            f'{place}: "conversations" gives {length} tokens, {int(encoded.image_mask.sum())} for images; '
+            f"the model's context is {context}: shorten the row or lower images.max_tiles"
+        )

@@ -1,0 +1,9 @@
+"""The one exception for a user's mistake."""
+
+
+class InputError(ValueError):
+    """A flag, a file, a row or an image that cannot be used as given.
+
+    The message names the file, the row (0-based), the field and the value, and says what to do.
+    `run.py` turns it into exit status 2 and one `error:` line; any other exception is a bug of ours.
+    """

@@ -1,0 +1,191 @@
+"""A training run from its config to its report: cold start, weighted training, best-of-N, files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from sklearn.metrics import roc_auc_score
+
+from dreamprm_jax import bilevel, build
+from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, claim_workdir, load_model, save_model_card
+from dreamprm_jax.data import batches
+from dreamprm_jax.evaluate import Candidates, best_of_n
+from dreamprm_jax.metrics import MetricsWriter, write_json_lines, write_text
+from dreamprm_jax.report import write_report
+from dreamprm_jax.scoring import score_dataset
+from dreamprm_jax.train import Cadence, Phase, run_phase
+from dreamprm_jax.weighting import Weighting
+
+
+def fingerprints(cfg: Any) -> dict[str, str]:
+    """sha256 of every data file that the config names."""
+    paths = (cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init)
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path is not None}
+
+
+def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
+    """`task=train`: runs, resumes, or reports a finished run; returns the summary.
+
+    All rows are read and checked before the workdir is touched and before anything is compiled.
+
+    Raises:
+      InputError: a user's mistake, see the rooms that read.
+    """
+    model = load_model(cfg.model, cfg.seed)
+    data = build.training_data(cfg, model)
+    claim_workdir(workdir, {"config": cfg.to_dict(), "data": fingerprints(cfg)})
+    summary_path = workdir / "summary.json"
+    if summary_path.is_file():
+        print(f"{workdir} is finished; its summary:")
+        return json.loads(summary_path.read_text(encoding="utf-8"))
+    save_model_card(workdir, model.config, model.tokenizer)
+    weighting = build.instance_weighting(cfg, len(data.train))
+    snapshot = train(cfg, workdir, model, data, weighting)
+    model = model._replace(params=snapshot.state.train.params)
+    return finish(cfg, workdir, model, data, weighting, snapshot)
+
+
+def phases(cfg: Any, model: Model, data: build.TrainingData, weighting: Weighting) -> list[tuple[Phase, Any]]:
+    """The run's phases, in order, each with the optimizer of its inner level."""
+    levels = build.levels(cfg)
+    found = []
+    if cfg.cold_start.num_steps:
+        problem = build.prm_problem(cfg, model.config, _unit_weights, levels.cold_tx)
+        step = build.plain_step(problem, levels.cold_rate, cfg.inner.clip_norm)
+        num_batches, batch_size = cfg.cold_start.num_steps, cfg.cold_start.batch_size
+        order = build.order_of(cfg, "train", data.cold_start) if data.cold_start is data.train else None
+        stream = batches.training_batches(
+            data.cold_start, batch_size=batch_size, num_batches=num_batches, seed=cfg.seed, order=order
+        )
+        found.append((Phase("cold_start", 0, num_batches, step, (iter(stream),)), levels.cold_tx))
+    if cfg.num_steps:
+        problem = build.prm_problem(cfg, model.config, weighting.apply, levels.inner_tx)
+        streams = [_stream(cfg, data.train, cfg.batch_size, "train", cfg.seed + 1)]
+        if cfg.weighting.name == "uniform":
+            name, step = "uniform", build.plain_step(problem, levels.inner_rate, cfg.inner.clip_norm)
+        else:
+            name, step = "bilevel", build.weighted_step(cfg, problem, levels, weighting)
+            streams.append(_stream(cfg, data.meta, cfg.meta_batch_size, "meta", cfg.seed + 2))
+        found.append(
+            (Phase(name, cfg.cold_start.num_steps, cfg.num_steps, step, tuple(streams)), levels.inner_tx)
+        )
+    return found
+
+
+def _unit_weights(meta_params: Any, batch: Any, outputs: Any) -> float:
+    return 1.0
+
+
+def _stream(cfg: Any, dataset: batches.Dataset, batch_size: int, level: str, seed: int) -> Any:
+    order = build.order_of(cfg, level, dataset)
+    stream = batches.training_batches(
+        dataset, batch_size=batch_size, num_batches=cfg.num_steps, seed=seed, order=order
+    )
+    return iter(stream)
+
+
+def train(cfg: Any, workdir: Path, model: Model, data: build.TrainingData, weighting: Weighting) -> Snapshot:
+    """Runs all phases, from the newest checkpoint where there is one.
+
+    1. No checkpoint: start the first phase.
+    2. A checkpoint inside a phase: go on there, each data stream where it stood.
+    3. A checkpoint at a phase's end: start the next phase from its parameters, inner optimizer fresh.
+    """
+    levels = build.levels(cfg)
+    state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params)
+    fresh = Snapshot(state, np.zeros(len(data.train), np.int64), {"phase": None, "seconds": 0.0})
+    checkpoints = Checkpoints(workdir, cfg.checkpoints_to_keep)
+    snapshot = checkpoints.restore_latest(fresh) or fresh
+    run = phases(cfg, model, data, weighting)
+    names = [phase.name for phase, _ in run]
+    reached = names.index(snapshot.progress["phase"]) if snapshot.progress["phase"] else -1
+    first_step = run[reached][0].first_step + snapshot.progress["next_step"] if reached >= 0 else 0
+    writer = MetricsWriter(workdir, first_step, sum(phase.num_steps for phase, _ in run))
+    for position, (phase, inner_tx) in enumerate(run):
+        if position > reached:
+            train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
+            streams = [stream.get_state() for stream in phase.streams]
+            progress = {**snapshot.progress, "phase": phase.name, "next_step": 0, "streams": streams}
+            snapshot = snapshot._replace(state=snapshot.state._replace(train=train_state), progress=progress)
+        if position >= reached:
+            cadence = Cadence(cfg.log_every, cfg.checkpoint_every)
+            visits = (
+                snapshot.visits if phase.name != "cold_start" else np.zeros(len(data.cold_start), np.int64)
+            )
+            after = run_phase(phase, snapshot._replace(visits=visits), writer, checkpoints, cadence)
+            snapshot = after
+    writer.close()
+    checkpoints.close()
+    return snapshot
+
+
+def instance_weights(
+    data: build.TrainingData, weighting: Weighting, snapshot: Snapshot
+) -> list[dict[str, Any]]:
+    """The lines of instance_weights.jsonl: every training row with its weight as applied."""
+    table = np.asarray(weighting.project(snapshot.state.meta_params)["table"])
+    lines = []
+    for row, example in enumerate(data.train.examples):
+        line = {"example_id": row, "id": example.id, "weight": table[row], "visits": snapshot.visits[row]}
+        lines.append(line if example.corrupted is None else {**line, "corrupted": example.corrupted})
+    return lines
+
+
+def corruption_auroc(weights: Sequence[dict[str, Any]]) -> float | None:
+    """How well the weights tell clean rows (higher) from corrupted ones; None where the truth is unknown."""
+    truth = [row.get("corrupted") for row in weights]
+    if None in truth or len(set(truth)) < 2:
+        return None
+    return float(roc_auc_score(~np.array(truth), [row["weight"] for row in weights]))
+
+
+def test_best_of_n(cfg: Any, model: Model, data: build.TrainingData) -> dict[str, float | int]:
+    """Scores the benchmark's test candidates and selects by them."""
+    scores = iter(score_dataset(model, data.test, batch_size=cfg.meta_batch_size, aggregate=cfg.aggregate))
+    questions = [
+        Candidates(
+            question.answers, question.correct, tuple(next(scores).response for _ in question.examples)
+        )
+        for question in data.questions
+    ]
+    return best_of_n(questions)
+
+
+def finish(
+    cfg: Any,
+    workdir: Path,
+    model: Model,
+    data: build.TrainingData,
+    weighting: Weighting,
+    snapshot: Snapshot,
+) -> dict[str, Any]:
+    """Evaluates the trained model and writes the run's results; summary.json last, as the mark of the end."""
+    began = time.perf_counter()
+    summary: dict[str, Any] = {
+        "recipe": cfg.recipe,
+        "weighting": cfg.weighting.name,
+        "hypergradient": cfg.hypergradient,
+        "num_steps": cfg.num_steps,
+    }
+    weights = []
+    if cfg.weighting.name == "table" and cfg.num_steps:
+        weights = instance_weights(data, weighting, snapshot)
+        write_json_lines(workdir / "instance_weights.jsonl", weights)
+        meta_params = {name: np.ascontiguousarray(leaf) for name, leaf in snapshot.state.meta_params.items()}
+        save_file(meta_params, workdir / "meta_params.safetensors")
+        auroc = corruption_auroc(weights)
+        summary |= {} if auroc is None else {"auroc": auroc}
+    if data.test is not None:
+        summary["best_of_n"] = test_best_of_n(cfg, model, data)
+    summary["seconds"] = snapshot.progress["seconds"] + time.perf_counter() - began
+    domains = [example.dataset for example in data.train.examples] if weights else []
+    write_report(workdir, summary, weights, domains, cfg.to_json_best_effort(indent=2))
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2))
+    return summary

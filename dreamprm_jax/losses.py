@@ -1,0 +1,86 @@
+"""Step losses, step scores and meta losses: pure functions of the logits at the step positions.
+
+All take float32 logits [B, S, V]: a cross entropy over 151,674 entries loses its small terms in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# Guards log and power at a probability of exactly 0; below the smallest P("+") float32 softmax resolves.
+_TINY = 1e-30
+
+
+def label_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """log P(label) over the full vocabulary: logits [B, S, V], labels [B, S] -> [B, S]."""
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the last axis where `mask` is true; 0 where a row has no true entry."""
+    total = jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
+    return total / jnp.maximum(jnp.sum(mask, axis=-1), 1)
+
+
+def example_losses(logits: jax.Array, labels: jax.Array, step_mask: jax.Array, reduce: str) -> jax.Array:
+    """Cross entropy of each example's step labels, [B] in nats.
+
+    Args:
+      logits: [B, S, V].
+      labels: [B, S] token ids.
+      step_mask: [B, S]; masked steps have no influence, not even through their gradient.
+      reduce: "mean" over an example's steps (published code) or "sum" (paper, Eq. 1).
+    """
+    step_losses = jnp.where(step_mask, -label_log_probs(logits, labels), 0.0)  # [B, S]
+    return jnp.sum(step_losses, axis=-1) if reduce == "sum" else masked_mean(step_losses, step_mask)
+
+
+def step_scores(logits: jax.Array, plus_id: int) -> jax.Array:
+    """P("+") over the full vocabulary at every step: [B, S, V] -> [B, S]. The published score."""
+    return jnp.exp(logits[..., plus_id] - jax.nn.logsumexp(logits, axis=-1))
+
+
+def step_scores_two_token(logits: jax.Array, plus_id: int, minus_id: int) -> jax.Array:
+    """P("+") over {"+", "-"} alone: [B, S, V] -> [B, S]. VisualPRM's score."""
+    return jax.nn.sigmoid(logits[..., plus_id] - logits[..., minus_id])
+
+
+def _last(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    last = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True) - 1, 0)
+    return jnp.take_along_axis(scores, last, axis=-1)[..., 0]
+
+
+def _log(scores: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(scores, _TINY))
+
+
+AGGREGATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "mean": masked_mean,
+    "min": lambda scores, mask: jnp.min(jnp.where(mask, scores, jnp.inf), axis=-1),
+    "max": lambda scores, mask: jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1),
+    "last": _last,
+    "product": lambda scores, mask: jnp.prod(jnp.where(mask, scores, 1.0), axis=-1),
+    "log_mean": lambda scores, mask: jnp.exp(masked_mean(_log(scores), mask)),
+}
+"""Step scores [B, S] and their mask [B, S] -> response score [B]; a row's steps are its first ones."""
+
+
+def meta_loss_mse(response_score: jax.Array) -> jax.Array:
+    """(a - 1)^2, a = aggregated P(target): the published upper loss, [B] -> [B]."""
+    return jnp.square(response_score - 1.0)
+
+
+def meta_loss_cross_entropy(response_score: jax.Array) -> jax.Array:
+    """-log a: unlike the squared error it does not go flat where the model is surely wrong. [B] -> [B]."""
+    return -_log(response_score)
+
+
+META_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "mse": meta_loss_mse,
+    "cross_entropy": meta_loss_cross_entropy,
+}
+"""Aggregated probability of the target tokens [B] -> loss [B]."""

@@ -1,0 +1,111 @@
+"""Pieces that both towers are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dreamprm_jax.models.presets import InternVLConfig
+
+
+def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """Leading axes of size 1, so that a parameter of the last axes of `x` broadcasts over the others."""
+    return parameter.reshape((1,) * (x.ndim - parameter.ndim) + parameter.shape)
+
+
+class Linear(nn.Module):
+    """A projection written as an einsum, e.g. "btd,dnh->btnh"; the kernel's axes carry their legend letters.
+
+    The bias has those letters of the output that come from the kernel. Parameters are float32 and are cast once,
+    here, where they are used.
+    """
+
+    equation: str
+    kernel_shape: tuple[int, ...]
+    use_bias: bool = True
+    init_scale: float = 1.0  # variance of the output for inputs of variance 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        operands, output = self.equation.split("->")
+        letters = operands.split(",")[1]
+        sizes = dict(zip(letters, self.kernel_shape, strict=True))
+        inputs = tuple(axis for axis, letter in enumerate(letters) if letter not in output)
+        outputs = tuple(axis for axis, letter in enumerate(letters) if letter in output)
+        init = nn.initializers.variance_scaling(
+            self.init_scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
+        )
+        kernel = self.param("kernel", init, self.kernel_shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if not self.use_bias:
+            return y
+        bias_shape = tuple(sizes[letter] for letter in output if letter in sizes)
+        bias = self.param("bias", nn.initializers.zeros, bias_shape)
+        return y + match_rank(bias, y).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Zero mean and unit variance over D, then scale and bias; float32, since bfloat16 loses the variance."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        width = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps) * match_rank(scale, x) + match_rank(bias, x)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Unit mean square over D, then scale; float32, since bfloat16 loses the mean square."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.square(x32).mean(-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * match_rank(scale, x)).astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, causal: bool) -> jax.Array:
+    """Softmax attention; logits and softmax in float32, since bfloat16 cannot tell close logits apart.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, T, K, H]; each of the K heads serves N / K query heads.
+      causal: position t sees positions <= t only.
+
+    Returns:
+      [B, T, N, H].
+    """
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=config.attention)
+
+
+def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, num_shared: int = 0) -> Any:
+    """`block` repeated `num_layers` times in one loop: parameters stacked on a leading L axis, compiled once.
+
+    The block maps (x, *shared) to (x, None); its `num_shared` further inputs are the same for every layer.
+    `config.remat` says what the backward pass recomputes.
+    """
+    if config.remat != "none":
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        # The loop itself already keeps XLA from merging the recomputation with the forward pass.
+        block = nn.remat(block, policy=saved, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * num_shared,
+        length=num_layers,
+        unroll=min(config.scan_unroll, num_layers),
+    )

@@ -1,0 +1,98 @@
+"""InternViT-300M: the vision tower."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dreamprm_jax.models.layers import LayerNorm, Linear, attend, match_rank, scan_layers
+from dreamprm_jax.models.presets import InternVLConfig
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block; each residual branch is multiplied by a learnt vector (layer scale)."""
+
+    config: InternVLConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:  # [P, 1 + patches, D] -> the same
+        vision = self.config.vision
+        scale_init = nn.initializers.constant(vision.layer_scale_init)
+        ls1 = self.param("ls1", scale_init, (vision.width,))
+        ls2 = self.param("ls2", scale_init, (vision.width,))
+        attention = self.attention(LayerNorm(vision.layer_norm_eps, name="norm1")(x))
+        x = x + attention * match_rank(ls1, x).astype(x.dtype)
+        mlp = self.mlp(LayerNorm(vision.layer_norm_eps, name="norm2")(x))
+        return x + mlp * match_rank(ls2, x).astype(x.dtype), None
+
+    def attention(self, x: jax.Array) -> jax.Array:
+        vision = self.config.vision
+        heads = (vision.num_heads, vision.width // vision.num_heads)
+        # One kernel for queries, keys and values; heads have an axis of their own, so that it can be split by head.
+        qkv = Linear("ptd,dknh->ptknh", (vision.width, 3, *heads), name="qkv")(x)
+        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.config, causal=False)
+        return Linear("ptnh,nhd->ptd", (*heads, vision.width), name="out")(mixed)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        vision = self.config.vision
+        hidden = Linear("ptd,df->ptf", (vision.width, vision.mlp_width), name="fc1")(x)
+        hidden = nn.gelu(hidden, approximate=False)
+        return Linear("ptf,fd->ptd", (vision.mlp_width, vision.width), name="fc2")(hidden)
+
+
+class InternViT(nn.Module):
+    """Patches, a class token, position embeddings and the blocks; no final norm."""
+
+    config: InternVLConfig
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [P, height, width, 3] -> [P, 1 + patches, D]; the class token comes first."""
+        vision = self.config.vision
+        position_init = nn.initializers.truncated_normal(0.02)
+        class_token = self.param("class_embedding", position_init, (vision.width,))
+        positions = self.param("position_embedding", position_init, (1 + vision.grid**2, vision.width))
+        x = self.embed_patches(pixels)
+        class_tokens = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, vision.width))
+        x = jnp.concatenate([class_tokens, x], axis=1)
+        x = x + match_rank(positions, x).astype(x.dtype)
+        x, _ = scan_layers(VisionBlock, self.config, vision.num_layers)(self.config, name="layers")(x)
+        return x
+
+    def embed_patches(self, pixels: jax.Array) -> jax.Array:  # -> [P, patches, D]
+        vision = self.config.vision
+        grid, size = vision.grid, vision.patch_size
+        # Patches do not overlap, so this is a matrix product, which is faster than a convolution on a CPU.
+        patches = pixels.reshape(pixels.shape[0], grid, size, grid, size, 3)
+        equation, kernel = "prhcwi,hwid->prcd", (size, size, 3, vision.width)
+        x = Linear(equation, kernel, name="patch_embedding")(patches)
+        return x.reshape(x.shape[0], grid**2, vision.width)
+
+
+def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
+    """Each `factor` x `factor` square of patches becomes one token, its patches row by row ("v2").
+
+    Args:
+      x: [P, patches, D], the patches of a square grid row by row, without the class token.
+
+    Returns:
+      [P, I, factor * factor * D].
+    """
+    num_tiles, num_patches, width = x.shape
+    side = round(num_patches**0.5) // factor
+    squares = x.reshape(num_tiles, side, factor, side, factor, width).transpose(0, 1, 3, 2, 4, 5)
+    return squares.reshape(num_tiles, side * side, factor * factor * width)
+
+
+class Projector(nn.Module):
+    """Image tokens to the language model's width: norm, linear, exact GELU, linear."""
+
+    config: InternVLConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [P, I, shuffled D] -> [P, I, D]
+        width = self.config.language.width
+        x = LayerNorm(1e-5, name="norm")(x)  # eps: torch's default, not the vision tower's
+        x = nn.gelu(Linear("pid,df->pif", (x.shape[-1], width), name="fc1")(x), approximate=False)
+        return Linear("pif,fd->pid", (width, width), name="fc2")(x)

@@ -1,0 +1,102 @@
+"""Step scores of chains: P("+") at every step, over the full vocabulary and over the two labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dreamprm_jax import build, losses
+from dreamprm_jax.checkpoint import Model, load_model
+from dreamprm_jax.data import batches
+from dreamprm_jax.data.example import GPT, PLUS, Encoded, Example
+from dreamprm_jax.metrics import write_json_lines
+from dreamprm_jax.models import internvl
+from dreamprm_jax.types import Batch, PyTree
+
+
+class ChainScores(NamedTuple):
+    """The scores of one chain of S steps."""
+
+    full: np.ndarray  # float32 [S]: P("+") over the full vocabulary
+    two_token: np.ndarray  # float32 [S]: P("+") over {"+", "-"}
+    response: float  # `full`, aggregated
+
+
+def score_dataset(
+    model: Model, dataset: batches.Dataset, *, batch_size: int, aggregate: str
+) -> list[ChainScores]:
+    """Scores every chain, in the data set's order.
+
+    Chains of like length share a batch, so that padding stays small; neither the batch nor the padding
+    changes a score beyond float rounding.
+    """
+    plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
+
+    @jax.jit
+    def scores(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = internvl.apply(model.config, params, batch)
+        full = losses.step_scores(logits, plus)
+        response = losses.AGGREGATIONS[aggregate](full, batch.step_mask)
+        return full, losses.step_scores_two_token(logits, plus, minus), response
+
+    results: dict[int, ChainScores] = {}
+    with tqdm(total=len(dataset), unit="chain", desc="score", mininterval=1.0) as bar:
+        for batch in batches.ordered_batches(dataset, batch_size):
+            arrays = jax.device_get(scores(model.params, batch))
+            for slot in np.flatnonzero(batch.example_mask):
+                full, two_token, response = (array[slot] for array in arrays)
+                real = batch.step_mask[slot]
+                results[int(batch.example_id[slot])] = ChainScores(
+                    full[real], two_token[real], float(response)
+                )
+            bar.update(int(batch.example_mask.sum()))
+    return [results[row] for row in range(len(dataset))]
+
+
+def with_plus_history(example: Example) -> Example:
+    """The chain as it stands when it is judged: every earlier step was accepted, so every label is "+"."""
+    turns = tuple(turn._replace(text=PLUS) if turn.role == GPT else turn for turn in example.turns)
+    return example._replace(turns=turns)
+
+
+def score_line(example: Example, encoded: Encoded, scores: ChainScores) -> dict[str, Any]:
+    """One line of the output file (README, Formats)."""
+    line = {
+        "row": example.row,
+        "id": example.id,
+        "num_tiles": encoded.num_tiles,
+        "num_tokens": len(encoded.tokens),
+        "step_scores": scores.full,
+        "step_scores_two_token": scores.two_token,
+        "score": scores.response,
+    }
+    return line if example.true_false is None else {**line, "true_false": example.true_false}
+
+
+def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
+    """`task=score`: reads and checks all rows, scores them, writes one JSON line per chain.
+
+    Raises:
+      InputError: before anything is compiled, the first row that cannot be scored.
+    """
+    examples = build.read_file(cfg.input, "input")
+    if cfg.score.history == "plus":
+        examples = [with_plus_history(example) for example in examples]
+    model = load_model(cfg.model, cfg.seed)
+    dataset = batches.encode_all(
+        examples, model.tokenizer, build.image_spec(cfg, model.config), model.config.language.max_positions
+    )
+    output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate)
+    lines = [score_line(*row) for row in zip(dataset.examples, dataset.encoded, scores, strict=True)]
+    write_json_lines(output, lines)
+    return {
+        "output": str(output),
+        "num_chains": len(lines),
+        "mean_score": float(np.mean([s.response for s in scores])),
+    }

@@ -1,0 +1,120 @@
+"""The loop, and nothing but the loop: draw batches, step, log late, save, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from dreamprm_jax.bilevel import Step
+from dreamprm_jax.checkpoint import Checkpoints, Snapshot
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.metrics import MetricsWriter
+from dreamprm_jax.types import Batch
+
+
+class Phase(NamedTuple):
+    """A stretch of the run with one step function."""
+
+    name: str
+    first_step: int  # of the run, where this phase begins
+    num_steps: int
+    step: Step  # (state, *batches) -> (state, metrics), jitted, pure
+    streams: tuple[grain.DatasetIterator, ...]  # one batch of each goes into every step
+
+
+class Cadence(NamedTuple):
+    """How often things happen, in steps."""
+
+    log_every: int
+    checkpoint_every: int
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched but not yet waited for: fetching it late keeps the accelerator busy."""
+
+    step: int
+    batch: Batch
+    metrics: dict[str, jax.Array]
+
+
+def run_phase(
+    phase: Phase, snapshot: Snapshot, writer: MetricsWriter, checkpoints: Checkpoints, cadence: Cadence
+) -> Snapshot:
+    """Runs a phase from where `snapshot.progress` stands to its end, and saves the end.
+
+    Raises:
+      InputError: the loss is no longer finite; nothing of that step is saved.
+    """
+    start, state, visits = snapshot.progress["next_step"], snapshot.state, snapshot.visits.copy()
+    began = time.perf_counter() - snapshot.progress["seconds"]
+    for stream, stream_state in zip(phase.streams, snapshot.progress["streams"], strict=True):
+        stream.set_state(stream_state)
+    logger = _Logger(phase, writer, cadence.log_every)
+    for step in range(start, phase.num_steps):
+        batches = [next(stream) for stream in phase.streams]
+        state, metrics = phase.step(state, *batches)
+        np.add.at(visits, batches[0].example_id[batches[0].example_mask], 1)
+        logger.push(_Pending(step, batches[0], metrics))
+        done = step + 1
+        if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
+            logger.flush()  # every line up to a checkpoint is on disk before it, and its loss is finite
+            progress = {
+                "phase": phase.name,
+                "next_step": done,
+                "streams": [stream.get_state() for stream in phase.streams],
+                "seconds": time.perf_counter() - began,  # of the whole run, over all its restarts
+            }
+            snapshot = Snapshot(state, visits.copy(), progress)
+            checkpoints.save(phase.first_step + done, snapshot)
+    return snapshot
+
+
+class _Logger:
+    """Writes each step's line one step late."""
+
+    def __init__(self, phase: Phase, writer: MetricsWriter, log_every: int):
+        self._phase, self._writer, self._log_every = phase, writer, log_every
+        self._pending: _Pending | None = None
+        self._clock = time.perf_counter()
+
+    def push(self, pending: _Pending) -> None:
+        self.flush()
+        self._pending = pending
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        step, batch, metrics = self._pending
+        self._pending = None
+        losses = {name: float(metrics[name]) for name in ("inner_loss", "meta_loss") if name in metrics}
+        self._check_finite(step, batch, losses)
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        self._writer.advance(self._phase.name, losses)
+        if step % self._log_every == 0:
+            line = _line(self._phase, step, batch, jax.device_get(metrics))
+            self._writer.write({**line, "examples_per_second": round(len(line["example_ids"]) / seconds, 3)})
+
+    def _check_finite(self, step: int, batch: Batch, losses: dict[str, float]) -> None:
+        if not all(np.isfinite(list(losses.values()))):
+            rows = batch.example_id[batch.example_mask].tolist()
+            raise InputError(
+                f"step {step} of {self._phase.name}: the loss is {losses} on rows {rows}; lower inner.lr (or "
+                "cold_start.lr) or set inner.clip_norm. Checkpoints and metrics up to the last save are kept"
+            )
+
+
+def _line(phase: Phase, step: int, batch: Batch, metrics: dict[str, Any]) -> dict[str, Any]:
+    """One line of metrics.jsonl; `step` counts over the whole run."""
+    real = batch.example_mask
+    line = {
+        "step": phase.first_step + step,
+        "phase": phase.name,
+        "example_ids": batch.example_id[real].tolist(),
+    }
+    for name, value in metrics.items():
+        line[name] = value[real] if name == "instance_weights" else value
+    return line

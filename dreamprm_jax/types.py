@@ -1,0 +1,53 @@
+"""The pytrees that travel between rooms, and the shape legend.
+
+Shape legend, used in every docstring and comment:
+  B examples    T text tokens   D width       N query heads   K kv heads   H head width   F hidden width
+  V vocabulary  L layers        P image tiles I image tokens per tile      S steps        C candidates
+
+This file imports neither jax nor flax at run time, so that data workers can build a `Batch`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    Array = jax.Array | np.ndarray
+
+PyTree = Any
+
+
+class Batch(NamedTuple):
+    """Padded examples. Rows are independent: no value of one row reaches another.
+
+    Text is padded on the right, so causal attention alone keeps padding out of every real position.
+    `step_mask` says *what* is supervised; how much it counts is the weighting's business.
+    """
+
+    tokens: Array  # [B, T] int32
+    image_mask: Array  # [B, T] bool: the n-th true position of a row takes the row's n-th image feature
+    tiles: Array  # [B, P, height, width, 3] uint8
+    step_positions: Array  # [B, S] int32: the position whose next token is the label
+    labels: Array  # [B, S] int32: token id of the label
+    step_mask: Array  # [B, S] bool
+    example_id: Array  # [B] int32: the row's index in its data set
+    example_mask: Array  # [B] bool: false for rows that only fill up the batch
+
+
+class TrainState(NamedTuple):
+    """The inner (lower) level: what a plain training step reads and writes."""
+
+    step: Array  # [] int32: inner steps taken
+    params: PyTree
+    opt_state: PyTree
+
+
+class BilevelState(NamedTuple):
+    """Both levels; everything that a resumed run needs besides the data order."""
+
+    train: TrainState
+    meta_params: PyTree
+    meta_opt_state: PyTree

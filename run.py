@@ -1,0 +1,124 @@
+"""The one entry point: `python run.py --config=configs/NAME.py[:ARG,...] [--workdir=DIR] [--config.FIELD=VALUE ...]`."""
+
+import difflib
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from configs import base
+from dreamprm_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "experiment, configs/NAME.py[:ARG,...]", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "output directory; default runs/NAME-ARGS")
+
+
+def field_names(cfg, prefix: str = "") -> list[str]:
+    """All settable fields of a config, dotted."""
+    names = []
+    for key, value in cfg.items(preserve_field_references=True):
+        names += field_names(value, f"{prefix}{key}.") if hasattr(value, "lock") else [prefix + key]
+    return names
+
+
+def explain(error: Exception, argv: list[str]) -> str:
+    """A flag error as one line; a misspelt field names its nearest neighbour."""
+    misspelt = _misspelt(argv)
+    if misspelt:
+        return misspelt
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # ml_collections puts a whole traceback into its message; the last error in it is the cause.
+    return " ".join(re.split(r"(?:\w+Error|\w+Exception): ", str(error))[-1].split())
+
+
+def _misspelt(argv: list[str]) -> str | None:
+    known = field_names(base.get_config())
+    groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    for argument in argv[1:]:
+        match = re.match(r"--?config\.([\w.]+)", argument)
+        if match and match[1] not in known and match[1] not in groups:
+            nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.0)[0]
+            return f"--config.{match[1]} is not a field of the config; the nearest is --config.{nearest}"
+    return None
+
+
+def parse(argv: list[str]):
+    """argv -> (config, workdir).
+
+    Raises:
+      InputError: an unknown flag, field or argument, or a value of the wrong type or range.
+    """
+    # ml_collections reads sys.argv itself and wants --config before --config.FIELD; users need not know.
+    sys.argv = argv = argv[:1] + sorted(argv[1:], key=lambda argument: not re.match(r"--?config=", argument))
+    try:
+        extra = flags.FLAGS(argv)[1:]
+        if extra:
+            raise InputError(f"unexpected argument {extra[0]!r}: fields are set as --config.FIELD=VALUE")
+        filename = flags.FLAGS["config"].value and config_flags.get_config_filename(flags.FLAGS["config"])
+        if filename is None:
+            raise InputError("--config is missing: give one, such as --config=configs/table.py")
+        if not Path(filename.partition(":")[0]).is_file():
+            raise InputError(f"--config={filename}: no such file; the configs are in configs/")
+        cfg = _CONFIG.value
+        base.validate(cfg)
+    except InputError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(explain(error, argv)) from error
+    name, _, arguments = filename.partition(":")
+    default = "-".join([Path(name).stem, *filter(None, arguments.split(","))])
+    return cfg, Path(_WORKDIR.value or Path("runs") / default)
+
+
+def log_machine(cfg) -> None:
+    """Devices and versions; a paper-scale run on a bare CPU says so loudly."""
+    import flax
+    import jax
+    import optax
+
+    devices = jax.devices()
+    versions = f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
+    print(f"{versions}, {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
+    if devices[0].platform == "cpu" and cfg.model.checkpoint and cfg.model.compute_dtype == "bfloat16":
+        warnings.warn(
+            "NO ACCELERATOR FOUND: a run at this scale on a CPU takes months. Install requirements-cuda.txt or "
+            "requirements-tpu.txt (README, Accelerators).",
+            stacklevel=2,
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Parses, dispatches on `config.task`, turns a user's mistake into exit status 2."""
+    if {"--help", "-h", "-help"} & set(argv):
+        print(__doc__, "Fields of the config, with unit and range: configs/base.py", sep="\n")
+        return 0
+    try:
+        cfg, workdir = parse(argv)
+        import jax  # after parsing: a wrong flag answers at once
+
+        if cfg.model.matmul_precision == "highest":
+            jax.config.update("jax_default_matmul_precision", "highest")
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dreamprm_jax"))
+        log_machine(cfg)
+        if cfg.task == "score":
+            from dreamprm_jax.scoring import run_scoring as run_task
+        else:
+            from dreamprm_jax.experiment import run_training as run_task
+        summary = run_task(cfg, workdir)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every save in eight lines
+    sys.exit(main(sys.argv))

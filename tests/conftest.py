@@ -1,0 +1,33 @@
+"""What every test needs: a CPU, strict broadcasting, and the recorded data where it is at hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Recorded outputs, real images and the real tokenizer, kept beside the repository."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("needs the recorded data in ../shared")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seed0_checkpoint(shared, tmp_path_factory) -> Path:
+    """The random checkpoint that the recorded scores and runs were made with: original layout, 79 MB."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "seed0"
+    command = [sys.executable, shared / "make_tiny_checkpoint.py", folder, "--seed", "0"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
