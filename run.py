@@ -1,4 +1,4 @@
-"""The one entry point: `python run.py --config=configs/NAME.py[:ARG,...] [--workdir=DIR] [--config.FIELD=VALUE ...]`."""
+"""The entry point: `python run.py --config=configs/NAME.py[:ARG,...] [--workdir=DIR] [--config.FIELD=VALUE ...]`."""
 
 import difflib
 import json
@@ -13,9 +13,7 @@ from ml_collections import config_flags
 from configs import base
 from dreamprm_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "experiment, configs/NAME.py[:ARG,...]", lock_config=True
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment, configs/NAME.py[:ARG,...]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "output directory; default runs/NAME-ARGS")
 
 

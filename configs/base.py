@@ -6,6 +6,8 @@ are placeholders, so that a flag can set them.
 
 from ml_collections import config_dict
 
+from dreamprm_jax.data import noisy_steps
+
 
 def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
@@ -18,9 +20,7 @@ def get_config() -> config_dict.ConfigDict:
     # A directory with config.json and *.safetensors (either InternVL layout), a Hub id ("org/name" or
     # "org/name@revision"), or a workdir of ours. None: the embedded benchmark's tiny model.
     cfg.model.checkpoint = config_dict.placeholder(str)
-    cfg.model.tokenizer = config_dict.placeholder(
-        str
-    )  # directory with tokenizer.json; None: beside the weights
+    cfg.model.tokenizer = config_dict.placeholder(str)  # directory with tokenizer.json; None: beside the weights
     cfg.model.param_dtype = "float32"  # of parameters and moments: float32 | bfloat16
     cfg.model.compute_dtype = "float32"  # of activations: float32 | bfloat16
     cfg.model.remat = "none"  # what the backward pass recomputes: none | dots (all but products) | full
@@ -34,6 +34,8 @@ def get_config() -> config_dict.ConfigDict:
         cfg[level].path = config_dict.placeholder(str)  # .json or .jsonl; None: the embedded benchmark
         cfg[level].images = config_dict.placeholder(str)  # image root; None: the file's own directory
         cfg[level].order = config_dict.placeholder(str)  # JSON list of row numbers to replay; None: shuffle
+
+    cfg.noisy_steps = config_dict.ConfigDict(noisy_steps.Sizes()._asdict())  # the embedded benchmark: see Sizes
 
     cfg.cold_start = config_dict.ConfigDict()
     cfg.cold_start.num_steps = 0  # plain supervised steps before the weighting starts, >= 0
@@ -64,9 +66,7 @@ def get_config() -> config_dict.ConfigDict:
     cfg.outer.optimizer = "per_entry"  # per_entry (Adam by each entry's own history) | adamw (dense)
     cfg.outer.lr = 5e-3  # peak of the warmed-up cosine
     cfg.outer.weight_decay = 1e-3  # per_entry: towards 1; adamw: towards 0, as in the paper
-    cfg.outer.clip_norm = config_dict.placeholder(
-        float
-    )  # of the meta-gradient over the inner rate; None: no clip
+    cfg.outer.clip_norm = config_dict.placeholder(float)  # of the meta-gradient over the inner rate; None: no clip
 
     cfg.log_every = 1  # steps per line of metrics.jsonl, >= 1
     cfg.log_meta_grad = False  # also write each step's meta-gradient
@@ -78,9 +78,7 @@ def get_config() -> config_dict.ConfigDict:
     cfg.input.images = config_dict.placeholder(str)  # image root; None: the file's own directory
     cfg.output = config_dict.placeholder(str)  # scores, JSON lines; None: scores.jsonl in the workdir
     cfg.score = config_dict.ConfigDict()
-    cfg.score.history = (
-        "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
-    )
+    cfg.score.history = "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
     return cfg
 
 
@@ -97,9 +95,7 @@ def split_arguments(arguments: str, allowed: dict[str, tuple[str, ...]]) -> dict
             known = ", ".join(value for values in allowed.values() for value in values)
             raise ValueError(f"config argument {argument!r} is not known; choose from {known}")
         if group in chosen:
-            raise ValueError(
-                f"config arguments {chosen[group]!r} and {argument!r} are both a {group}; give one"
-            )
+            raise ValueError(f"config arguments {chosen[group]!r} and {argument!r} are both a {group}; give one")
         chosen[group] = argument
     return chosen
 

@@ -59,9 +59,7 @@ def bilevel_step(
     is the estimator's own, before any scaling or clipping by `meta_tx`.
     """
     meta_grad, train, metrics = estimate(problem, state.train, state.meta_params, batch, meta_batch)
-    meta_params, meta_opt_state = outer_step(
-        meta_tx, weighting, meta_grad, state.meta_params, state.meta_opt_state
-    )
+    meta_params, meta_opt_state = outer_step(meta_tx, weighting, meta_grad, state.meta_params, state.meta_opt_state)
     metrics["meta_grad"] = meta_grad
     metrics["meta_grad_norm"] = optax.tree.norm(meta_grad)
     return BilevelState(train, meta_params, meta_opt_state), metrics

@@ -74,7 +74,7 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         context=model.config.language.max_positions,
     )
     if cfg.train.path is None and cfg.model.checkpoint is None:
-        splits = noisy_steps.make(cfg.seed)
+        splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
         meta = batches.with_outcome_targets(encode(splits.meta), model.tokenizer)
         cold_start = [*splits.pretrain, *splits.cold_start]
@@ -87,10 +87,21 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
     return TrainingData(train, train, meta, (), None)
 
 
-def order_of(cfg: Any, field: str, dataset: batches.Dataset) -> Any:
-    """The replay order that `train.order` or `meta.order` names, or None."""
-    path = cfg[field].order
-    return None if path is None else batches.read_order(path, len(dataset))
+def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
+    """The rows of every batch of a data stream: "cold_start", "train" or "meta".
+
+    The cold start of a file run is on the training rows, in their order; each stream has a seed of its own.
+    """
+    level = "meta" if stream == "meta" else "train"
+    path = cfg[level].order
+    sizes = {"cold_start": cfg.cold_start.batch_size, "train": cfg.batch_size, "meta": cfg.meta_batch_size}
+    return batches.training_order(
+        len(dataset),
+        batch_size=sizes[stream],
+        num_batches=cfg.cold_start.num_steps if stream == "cold_start" else cfg.num_steps,
+        seed=3 * cfg.seed + list(sizes).index(stream),
+        order=None if path is None else batches.read_order(path, len(dataset)),
+    )
 
 
 def levels(cfg: Any) -> Levels:
@@ -103,11 +114,7 @@ def levels(cfg: Any) -> Levels:
         outer = optimizers.per_entry_adam(meta_rate, weight_decay=cfg.outer.weight_decay)
     else:
         outer = optax.adamw(meta_rate, weight_decay=cfg.outer.weight_decay)
-    clip = (
-        optax.clip_by_global_norm(cfg.outer.clip_norm)
-        if cfg.outer.clip_norm is not None
-        else optax.identity()
-    )
+    clip = optax.clip_by_global_norm(cfg.outer.clip_norm) if cfg.outer.clip_norm is not None else optax.identity()
     return Levels(
         inner_tx=inner(inner_rate, weight_decay=cfg.inner.weight_decay),
         inner_rate=inner_rate,
@@ -182,13 +189,9 @@ def weighted_step(cfg: Any, problem: Problem, rates: Levels, weights: weighting.
     estimate = ESTIMATORS[cfg.hypergradient]
 
     @partial(jax.jit, donate_argnums=0)
-    def step(
-        state: BilevelState, batch: Batch, meta_batch: Batch
-    ) -> tuple[BilevelState, dict[str, jax.Array]]:
+    def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
         count = state.train.step
-        state, metrics = bilevel.bilevel_step(
-            problem, estimate, rates.meta_tx, weights, state, batch, meta_batch
-        )
+        state, metrics = bilevel.bilevel_step(problem, estimate, rates.meta_tx, weights, state, batch, meta_batch)
         metrics |= {"lr": rates.inner_rate(count), "meta_lr": rates.meta_rate(count)}
         meta_grad = metrics.pop("meta_grad")
         if cfg.log_meta_grad:

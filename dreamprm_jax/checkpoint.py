@@ -1,7 +1,7 @@
 """Orbax checkpoints of a whole run, and the one place where a model is loaded from wherever it lies.
 
-A checkpoint holds the state of both levels, how often each row was visited, and where each data stream
-stands: what a killed run needs to go on bit for bit. A workdir also keeps the model's config and tokenizer,
+A checkpoint holds the state of both levels and where each data stream stands: what a killed run needs to go
+on bit for bit. A workdir also keeps the model's config and tokenizer,
 so that it can be loaded by itself.
 """
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -33,7 +31,6 @@ class Snapshot(NamedTuple):
     """What is saved: everything but the config."""
 
     state: BilevelState
-    visits: np.ndarray  # int64 [num_examples]: how often each training row was drawn by the bilevel phase
     progress: dict[str, Any]  # JSON: the phase, its next step, each data stream's own state
 
 
@@ -52,11 +49,10 @@ class Checkpoints:
 
     def save(self, step: int, snapshot: Snapshot) -> None:
         """Writes a snapshot, atomically; saving a step again is a no-op."""
-        arrays = {"state": snapshot.state, "visits": snapshot.visits}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(snapshot.progress)
+                arrays=ocp.args.StandardSave(snapshot.state), progress=ocp.args.JsonSave(snapshot.progress)
             ),
         )
 
@@ -65,14 +61,11 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        arrays = {"state": template.state, "visits": template.visits}
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays), progress=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template.state), progress=ocp.args.JsonRestore()),
         )
-        return Snapshot(
-            restored["arrays"]["state"], np.asarray(restored["arrays"]["visits"]), restored["progress"]
-        )
+        return Snapshot(restored["arrays"], restored["progress"])
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -108,7 +101,8 @@ def load_model(cfg: Any, seed: int) -> Model:
     if cfg.checkpoint is None:
         tokenizer = wrap(noisy_steps.tokenizer())
         config = presets.tiny(tokenizer.vocab_size)
-        params = internvl.init(config, jax.random.key(seed))
+        # XLA's own generator: the default one takes three times as long to compile for this many arrays.
+        params = internvl.init(config, jax.random.key(seed, impl="rbg"))
     elif (Path(cfg.checkpoint) / CHECKPOINTS).is_dir():
         config, params = load_workdir(Path(cfg.checkpoint))
         tokenizer = load_tokenizer(cfg.tokenizer or Path(cfg.checkpoint) / MODEL)
@@ -134,18 +128,18 @@ def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:
     """
     config = config_json.config_from_json(workdir / MODEL / "config.json")
     shapes = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
     with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute()) as manager:
         step = manager.latest_step()
         if step is None:
-            raise InputError(
-                f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save"
-            )
+            raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
         # Only the parameters: moments and table of a 1B run are three times their size.
-        partial = {"state": {"train": {"params": shapes}}}
-        restored = manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(partial, partial_restore=True))
-        )
-    return config, restored["arrays"]["state"]["train"]["params"]
+        wanted = {"train": {"params": shapes}}
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+        restored = manager.restore(step, args=ocp.args.Composite(arrays=restore))
+    return config, restored["arrays"]["train"]["params"]
 
 
 def claim_workdir(workdir: Path, record: dict[str, Any]) -> None:
@@ -163,9 +157,7 @@ def claim_workdir(workdir: Path, record: dict[str, Any]) -> None:
     if path.is_file():
         difference = _first_difference(json.loads(path.read_text(encoding="utf-8")), record)
         if difference:
-            raise InputError(
-                f"{path}: {difference}; give another --workdir, or remove this one to start over"
-            )
+            raise InputError(f"{path}: {difference}; give another --workdir, or remove this one to start over")
         return
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=2))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     weighting = build.instance_weighting(cfg, len(data.train))
     snapshot = train(cfg, workdir, model, data, weighting)
     model = model._replace(params=snapshot.state.train.params)
-    return finish(cfg, workdir, model, data, weighting, snapshot)
+    return finish(cfg, workdir, model, data, snapshot)
 
 
 def phases(cfg: Any, model: Model, data: build.TrainingData, weighting: Weighting) -> list[tuple[Phase, Any]]:
@@ -59,36 +60,23 @@ def phases(cfg: Any, model: Model, data: build.TrainingData, weighting: Weightin
     if cfg.cold_start.num_steps:
         problem = build.prm_problem(cfg, model.config, _unit_weights, levels.cold_tx)
         step = build.plain_step(problem, levels.cold_rate, cfg.inner.clip_norm)
-        num_batches, batch_size = cfg.cold_start.num_steps, cfg.cold_start.batch_size
-        order = build.order_of(cfg, "train", data.cold_start) if data.cold_start is data.train else None
-        stream = batches.training_batches(
-            data.cold_start, batch_size=batch_size, num_batches=num_batches, seed=cfg.seed, order=order
-        )
-        found.append((Phase("cold_start", 0, num_batches, step, (iter(stream),)), levels.cold_tx))
+        rows = build.rows_of(cfg, "cold_start", data.cold_start)
+        stream = iter(batches.training_batches(data.cold_start, rows))
+        found.append((Phase("cold_start", 0, cfg.cold_start.num_steps, step, (stream,)), levels.cold_tx))
     if cfg.num_steps:
         problem = build.prm_problem(cfg, model.config, weighting.apply, levels.inner_tx)
-        streams = [_stream(cfg, data.train, cfg.batch_size, "train", cfg.seed + 1)]
+        streams = [iter(batches.training_batches(data.train, build.rows_of(cfg, "train", data.train)))]
         if cfg.weighting.name == "uniform":
             name, step = "uniform", build.plain_step(problem, levels.inner_rate, cfg.inner.clip_norm)
         else:
             name, step = "bilevel", build.weighted_step(cfg, problem, levels, weighting)
-            streams.append(_stream(cfg, data.meta, cfg.meta_batch_size, "meta", cfg.seed + 2))
-        found.append(
-            (Phase(name, cfg.cold_start.num_steps, cfg.num_steps, step, tuple(streams)), levels.inner_tx)
-        )
+            streams.append(iter(batches.training_batches(data.meta, build.rows_of(cfg, "meta", data.meta))))
+        found.append((Phase(name, cfg.cold_start.num_steps, cfg.num_steps, step, tuple(streams)), levels.inner_tx))
     return found
 
 
 def _unit_weights(meta_params: Any, batch: Any, outputs: Any) -> float:
     return 1.0
-
-
-def _stream(cfg: Any, dataset: batches.Dataset, batch_size: int, level: str, seed: int) -> Any:
-    order = build.order_of(cfg, level, dataset)
-    stream = batches.training_batches(
-        dataset, batch_size=batch_size, num_batches=cfg.num_steps, seed=seed, order=order
-    )
-    return iter(stream)
 
 
 def train(cfg: Any, workdir: Path, model: Model, data: build.TrainingData, weighting: Weighting) -> Snapshot:
@@ -100,40 +88,37 @@ def train(cfg: Any, workdir: Path, model: Model, data: build.TrainingData, weigh
     """
     levels = build.levels(cfg)
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params)
-    fresh = Snapshot(state, np.zeros(len(data.train), np.int64), {"phase": None, "seconds": 0.0})
-    checkpoints = Checkpoints(workdir, cfg.checkpoints_to_keep)
-    snapshot = checkpoints.restore_latest(fresh) or fresh
     run = phases(cfg, model, data, weighting)
-    names = [phase.name for phase, _ in run]
-    reached = names.index(snapshot.progress["phase"]) if snapshot.progress["phase"] else -1
-    first_step = run[reached][0].first_step + snapshot.progress["next_step"] if reached >= 0 else 0
-    writer = MetricsWriter(workdir, first_step, sum(phase.num_steps for phase, _ in run))
-    for position, (phase, inner_tx) in enumerate(run):
-        if position > reached:
-            train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
-            streams = [stream.get_state() for stream in phase.streams]
-            progress = {**snapshot.progress, "phase": phase.name, "next_step": 0, "streams": streams}
-            snapshot = snapshot._replace(state=snapshot.state._replace(train=train_state), progress=progress)
-        if position >= reached:
-            cadence = Cadence(cfg.log_every, cfg.checkpoint_every)
-            visits = (
-                snapshot.visits if phase.name != "cold_start" else np.zeros(len(data.cold_start), np.int64)
-            )
-            after = run_phase(phase, snapshot._replace(visits=visits), writer, checkpoints, cadence)
-            snapshot = after
-    writer.close()
-    checkpoints.close()
+    with closing(Checkpoints(workdir, cfg.checkpoints_to_keep)) as checkpoints:
+        fresh = Snapshot(state, {"phase": None, "seconds": 0.0})
+        snapshot = checkpoints.restore_latest(fresh) or fresh
+        reached = [phase.name for phase, _ in run].index(snapshot.progress["phase"]) if snapshot is not fresh else -1
+        first_step = run[reached][0].first_step + snapshot.progress["next_step"] if reached >= 0 else 0
+        num_steps = sum(phase.num_steps for phase, _ in run)
+        with closing(MetricsWriter(workdir, first_step, num_steps)) as writer:
+            for position, (phase, inner_tx) in enumerate(run):
+                if position > reached:
+                    snapshot = _begin(phase, inner_tx, snapshot)
+                if position >= reached:
+                    cadence = Cadence(cfg.log_every, cfg.checkpoint_every)
+                    snapshot = run_phase(phase, snapshot, writer, checkpoints, cadence)
     return snapshot
 
 
-def instance_weights(
-    data: build.TrainingData, weighting: Weighting, snapshot: Snapshot
-) -> list[dict[str, Any]]:
-    """The lines of instance_weights.jsonl: every training row with its weight as applied."""
-    table = np.asarray(weighting.project(snapshot.state.meta_params)["table"])
+def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot) -> Snapshot:
+    train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
+    streams = [stream.get_state() for stream in phase.streams]
+    progress = {**snapshot.progress, "phase": phase.name, "next_step": 0, "streams": streams}
+    return Snapshot(snapshot.state._replace(train=train_state), progress)
+
+
+def instance_weights(cfg: Any, data: build.TrainingData, meta_params: Any) -> list[dict[str, Any]]:
+    """The lines of instance_weights.jsonl: every training row with its weight and how often it was drawn."""
+    table = np.asarray(meta_params["table"])
+    visits = batches.count_visits(build.rows_of(cfg, "train", data.train), cfg.num_steps, len(data.train))
     lines = []
     for row, example in enumerate(data.train.examples):
-        line = {"example_id": row, "id": example.id, "weight": table[row], "visits": snapshot.visits[row]}
+        line = {"example_id": row, "id": example.id, "weight": table[row], "visits": visits[row]}
         lines.append(line if example.corrupted is None else {**line, "corrupted": example.corrupted})
     return lines
 
@@ -150,9 +135,7 @@ def test_best_of_n(cfg: Any, model: Model, data: build.TrainingData) -> dict[str
     """Scores the benchmark's test candidates and selects by them."""
     scores = iter(score_dataset(model, data.test, batch_size=cfg.meta_batch_size, aggregate=cfg.aggregate))
     questions = [
-        Candidates(
-            question.answers, question.correct, tuple(next(scores).response for _ in question.examples)
-        )
+        Candidates(question.answers, question.correct, tuple(next(scores).response for _ in question.examples))
         for question in data.questions
     ]
     return best_of_n(questions)
@@ -163,7 +146,6 @@ def finish(
     workdir: Path,
     model: Model,
     data: build.TrainingData,
-    weighting: Weighting,
     snapshot: Snapshot,
 ) -> dict[str, Any]:
     """Evaluates the trained model and writes the run's results; summary.json last, as the mark of the end."""
@@ -176,7 +158,7 @@ def finish(
     }
     weights = []
     if cfg.weighting.name == "table" and cfg.num_steps:
-        weights = instance_weights(data, weighting, snapshot)
+        weights = instance_weights(cfg, data, snapshot.state.meta_params)
         write_json_lines(workdir / "instance_weights.jsonl", weights)
         meta_params = {name: np.ascontiguousarray(leaf) for name, leaf in snapshot.state.meta_params.items()}
         save_file(meta_params, workdir / "meta_params.safetensors")

@@ -35,9 +35,7 @@ class Problem(NamedTuple):
     inner_tx: optax.GradientTransformation
 
 
-Estimator = Callable[
-    [Problem, TrainState, PyTree, Batch, Batch], tuple[PyTree, TrainState, dict[str, jax.Array]]
-]
+Estimator = Callable[[Problem, TrainState, PyTree, Batch, Batch], tuple[PyTree, TrainState, dict[str, jax.Array]]]
 """(problem, state, meta_params, batch, meta_batch) -> (meta_grad, new_state, aux)."""
 
 

@@ -39,18 +39,14 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def scale_by_adam_meta_safe(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
+def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with the same values, whose derivative is finite everywhere."""
 
     def init(params: Any) -> optax.ScaleByAdamState:
         mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(
-        grads: Any, state: optax.ScaleByAdamState, params: Any = None
-    ) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
@@ -120,9 +116,7 @@ def per_entry_adam(
         mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
         return PerEntryAdamState(count, mu, nu)
 
-    def update_entry(
-        grad: jax.Array, count: jax.Array, mu: jax.Array, nu: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def update_entry(grad: jax.Array, count: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, ...]:
         touched = grad != 0
         count = count + touched
         mu = jnp.where(touched, b1 * mu + (1 - b1) * grad, mu)
@@ -141,9 +135,7 @@ def per_entry_adam(
         )
         return direction, PerEntryAdamState(count, mu, nu)
 
-    return optax.chain(
-        optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)
-    )
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
 
 def divide_by_inner_rate(inner_rate: Schedule) -> optax.GradientTransformation:

@@ -68,9 +68,7 @@ def curves(rows: Sequence[dict]) -> Figure:
     starts = {row["phase"]: row["step"] for row in reversed(rows)}
     for phase, step in starts.items():
         axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            phase, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
-        )
+        axes.annotate(phase, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points")
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(loc="upper right")
     return figure
@@ -136,6 +134,4 @@ def write_report(
         tables.append(_table("Learned weights", ("rows", "number", "mean", "standard deviation"), rows))
         figures.append({"caption": "Learned instance weights.", "png": _png(weight_histogram(groups))})
     title = f"DreamPRM-1.5 in JAX: {summary['weighting']}, recipe {summary['recipe']}"
-    write_text(
-        workdir / "report.html", _PAGE.render(title=title, tables=tables, figures=figures, config=config)
-    )
+    write_text(workdir / "report.html", _PAGE.render(title=title, tables=tables, figures=figures, config=config))

@@ -26,9 +26,7 @@ class ChainScores(NamedTuple):
     response: float  # `full`, aggregated
 
 
-def score_dataset(
-    model: Model, dataset: batches.Dataset, *, batch_size: int, aggregate: str
-) -> list[ChainScores]:
+def score_dataset(model: Model, dataset: batches.Dataset, *, batch_size: int, aggregate: str) -> list[ChainScores]:
     """Scores every chain, in the data set's order.
 
     Chains of like length share a batch, so that padding stays small; neither the batch nor the padding
@@ -50,9 +48,7 @@ def score_dataset(
             for slot in np.flatnonzero(batch.example_mask):
                 full, two_token, response = (array[slot] for array in arrays)
                 real = batch.step_mask[slot]
-                results[int(batch.example_id[slot])] = ChainScores(
-                    full[real], two_token[real], float(response)
-                )
+                results[int(batch.example_id[slot])] = ChainScores(full[real], two_token[real], float(response))
             bar.update(int(batch.example_mask.sum()))
     return [results[row] for row in range(len(dataset))]
 

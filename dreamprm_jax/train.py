@@ -49,7 +49,7 @@ def run_phase(
     Raises:
       InputError: the loss is no longer finite; nothing of that step is saved.
     """
-    start, state, visits = snapshot.progress["next_step"], snapshot.state, snapshot.visits.copy()
+    start, state = snapshot.progress["next_step"], snapshot.state
     began = time.perf_counter() - snapshot.progress["seconds"]
     for stream, stream_state in zip(phase.streams, snapshot.progress["streams"], strict=True):
         stream.set_state(stream_state)
@@ -57,7 +57,6 @@ def run_phase(
     for step in range(start, phase.num_steps):
         batches = [next(stream) for stream in phase.streams]
         state, metrics = phase.step(state, *batches)
-        np.add.at(visits, batches[0].example_id[batches[0].example_mask], 1)
         logger.push(_Pending(step, batches[0], metrics))
         done = step + 1
         if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
@@ -68,7 +67,7 @@ def run_phase(
                 "streams": [stream.get_state() for stream in phase.streams],
                 "seconds": time.perf_counter() - began,  # of the whole run, over all its restarts
             }
-            snapshot = Snapshot(state, visits.copy(), progress)
+            snapshot = Snapshot(state, progress)
             checkpoints.save(phase.first_step + done, snapshot)
     return snapshot
 
@@ -110,11 +109,10 @@ class _Logger:
 def _line(phase: Phase, step: int, batch: Batch, metrics: dict[str, Any]) -> dict[str, Any]:
     """One line of metrics.jsonl; `step` counts over the whole run."""
     real = batch.example_mask
-    line = {
-        "step": phase.first_step + step,
-        "phase": phase.name,
-        "example_ids": batch.example_id[real].tolist(),
-    }
-    for name, value in metrics.items():
-        line[name] = value[real] if name == "instance_weights" else value
+    example_ids = batch.example_id[real].tolist()
+    line = {"step": phase.first_step + step, "phase": phase.name, "example_ids": example_ids, **metrics}
+    if "instance_weights" in line:
+        line["instance_weights"] = line["instance_weights"][real]
+    if "meta_grad" in line:
+        line["meta_grad"] = dict(zip(map(str, example_ids), line["meta_grad"][real].tolist(), strict=True))
     return line

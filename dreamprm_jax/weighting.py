@@ -34,7 +34,7 @@ def uniform() -> Weighting:
     def apply(meta_params: PyTree, batch: Batch, outputs: Any) -> jax.Array:
         return jnp.ones(batch.example_id.shape, jnp.float32)
 
-    return Weighting(init=lambda: {}, apply=apply, project=lambda meta_params: meta_params)
+    return Weighting(init=dict, apply=apply, project=lambda meta_params: meta_params)
 
 
 def instance_table(num_examples: int, minimum: float, maximum: float) -> Weighting:

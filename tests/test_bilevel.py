@@ -23,9 +23,7 @@ def run(meta_tx, table=None, steps=8, scale=1.0):
         return jax.tree.map(lambda leaf: scale * leaf, meta_grad), state, aux
 
     state = bilevel.init_state(INNER, meta_tx, table, toy_params())
-    step = jax.jit(
-        lambda state, batch, meta: bilevel.bilevel_step(problem, scaled, meta_tx, table, state, batch, meta)
-    )
+    step = jax.jit(lambda state, batch, meta: bilevel.bilevel_step(problem, scaled, meta_tx, table, state, batch, meta))
     path = []
     for i in range(steps):
         state, metrics = step(state, batch_of([i % 5, (i + 1) % 5]), batch_of([0, 2, 3]))

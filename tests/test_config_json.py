@@ -45,9 +45,7 @@ def test_the_released_config_is_the_preset(shared, file):
 
 def test_both_tiny_configs_say_the_same(shared):
     tiny = shared / "tiny_internvl"
-    assert config_from_json(tiny / "tiny_config_original.json") == config_from_json(
-        tiny / "tiny_hf" / "config.json"
-    )
+    assert config_from_json(tiny / "tiny_config_original.json") == config_from_json(tiny / "tiny_hf" / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -127,9 +125,7 @@ def test_the_tie_flag_is_none_where_the_file_does_not_say(root, expected):
     assert tie_flag(root) is expected
 
 
-@pytest.mark.parametrize(
-    "text, message", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "not a JSON object")]
-)
+@pytest.mark.parametrize("text, message", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "not a JSON object")])
 def test_an_unreadable_file_is_named(tmp_path, text, message):
     path = tmp_path / "config.json"
     if text is not None:

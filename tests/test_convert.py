@@ -71,9 +71,7 @@ def in_memory(name):
 
 @pytest.mark.parametrize("spelling", ["original", "hf_ondisk", "hf_inmemory"])
 def test_the_table_gives_every_recorded_name_and_shape(shared, spelling):
-    recorded = json.loads(
-        (shared / "internvl3_1b" / f"internvl3_1b_{spelling}_names_shapes.json").read_text()
-    )
+    recorded = json.loads((shared / "internvl3_1b" / f"internvl3_1b_{spelling}_names_shapes.json").read_text())
     layout = "original" if spelling == "original" else "hf"
     slots = convert.expected_tensors(presets.PRESETS["internvl3_1b"], layout)
     spell = in_memory if spelling == "hf_inmemory" else str
@@ -212,9 +210,7 @@ def test_a_missing_head_is_the_embedding(saved, flag):
     rewrite(saved, lambda tensors: tensors.pop(convert.HEAD))
     root = json.loads((saved / "config.json").read_text())
     del root["tie_word_embeddings"], root["llm_config"]["tie_word_embeddings"]
-    (saved / "config.json").write_text(
-        json.dumps(root | ({} if flag is None else {"tie_word_embeddings": flag}))
-    )
+    (saved / "config.json").write_text(json.dumps(root | ({} if flag is None else {"tie_word_embeddings": flag})))
     config, params = convert.load_checkpoint(saved)
     assert config.language.tie_embeddings
     assert "lm_head" not in params["language"]

@@ -73,9 +73,7 @@ def test_sgd_has_the_closed_form_of_the_gradients_dot_product():
     state, meta_params = warm_state(problem), TABLE.init()
     meta_grad, new_state, _ = unrolled(problem, state, meta_params, batch, META_BATCH)
     v = jax.grad(lambda params: problem.meta_loss(params, META_BATCH)[0])(new_state.params)["kernel"]
-    per_example = jax.jacobian(lambda params: problem.losses(params, batch)[0])(state.params)[
-        "kernel"
-    ]  # [B, WIDTH]
+    per_example = jax.jacobian(lambda params: problem.losses(params, batch)[0])(state.params)["kernel"]  # [B, WIDTH]
     np.testing.assert_allclose(meta_grad["table"][np.array([1, 3])], -rate * per_example @ v / 2, rtol=1e-12)
 
 
@@ -88,9 +86,7 @@ def test_quadratic_problem_by_hand():
         meta_loss=lambda params, batch: (jnp.sum(jnp.square(params["kernel"] - m)), {}),
     )
     state = bilevel.init_train_state(problem.inner_tx, {"kernel": jnp.array([p])})
-    meta_grad, new_state, _ = unrolled(
-        problem, state, {"table": jnp.array([w])}, batch_of([0]), batch_of([0])
-    )
+    meta_grad, new_state, _ = unrolled(problem, state, {"table": jnp.array([w])}, batch_of([0]), batch_of([0]))
     stepped = p - rate * w * (p - y)
     np.testing.assert_allclose(new_state.params["kernel"], [stepped], rtol=1e-14)
     np.testing.assert_allclose(meta_grad["table"], [-2 * (stepped - m) * rate * (p - y)], rtol=1e-13)

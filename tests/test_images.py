@@ -110,9 +110,7 @@ def test_a_broken_image_is_named(kind, tmp_path):
     content = broken_files()[kind]
     path = tmp_path / "broken.png"
     path.write_bytes(content)
-    with pytest.raises(
-        InputError, match=r'^meta\.json row 17: "image" ".*broken\.png" cannot be read as an image'
-    ):
+    with pytest.raises(InputError, match=r'^meta\.json row 17: "image" ".*broken\.png" cannot be read as an image'):
         open_image(path, "meta.json row 17")
     with pytest.raises(InputError, match=rf'^meta\.json row 17: "image" {len(content)} bytes cannot be read'):
         open_image(content, "meta.json row 17")
@@ -138,9 +136,7 @@ def test_an_enormous_image_is_refused_before_it_is_decoded(side):
     content[16:24] = side.to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     for read in (open_image, image_size):
-        with pytest.raises(
-            InputError, match=r'x\.json row 3: "image" \d+ bytes is too large .* the limit is 89478485'
-        ):
+        with pytest.raises(InputError, match=r'x\.json row 3: "image" \d+ bytes is too large .* the limit is 89478485'):
             read(bytes(content), "x.json row 3")
 
 

@@ -78,9 +78,7 @@ def test_data_workers_never_import_jax_and_flax_stays_in_models():
 
 
 def test_reading_data_does_not_load_jax():
-    code = (
-        "import sys; from dreamprm_jax.data import records, noisy_steps; sys.exit('jax' in sys.modules)"
-    )
+    code = "import sys; from dreamprm_jax.data import records, noisy_steps; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -103,9 +101,7 @@ def test_house_rules(file):
     tree = ast.parse(text)
     assert text.count("\n") <= 500, "split the file"
     assert file.name != "utils.py"
-    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), (
-        "raise an exception that says more"
-    )
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "raise an exception that says more"
     names = {name.split(".")[0] for name in imports(file)}
     assert not names & {"pickle", "dill", "cloudpickle", "torch"}
     assert "trust_remote_code" not in text

@@ -30,9 +30,7 @@ def test_adam_can_be_differentiated_at_a_gradient_of_zero():
     assert np.isfinite(jax.grad(direction)(1.0))
     unsafe = optax.scale_by_adam()
     unsafe_state = unsafe.init(jnp.zeros(2))
-    assert np.isnan(
-        jax.grad(lambda s: jnp.sum(unsafe.update(s * jnp.array([0.0, 1.0]), unsafe_state)[0]))(1.0)
-    )
+    assert np.isnan(jax.grad(lambda s: jnp.sum(unsafe.update(s * jnp.array([0.0, 1.0]), unsafe_state)[0]))(1.0))
 
 
 def test_the_second_moment_is_not_shared_with_the_first():

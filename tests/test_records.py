@@ -177,9 +177,7 @@ def test_a_bad_row_is_named(read, row, message, lines):
 def test_control_tokens_in_the_text_are_refused(read, token):
     for role in ("system", "human"):
         row = with_turns(turn(role, f"see {token} here"), turn("human", "step"), turn("gpt", "+"))
-        with pytest.raises(
-            InputError, match=r'row 0: "conversations\[0\].value" holds the control token'
-        ) as error:
+        with pytest.raises(InputError, match=r'row 0: "conversations\[0\].value" holds the control token') as error:
             read([row])
         assert token in str(error.value)
 

@@ -50,9 +50,7 @@ def test_ids_are_looked_up_by_text(small):
     assert without_end_of_text.tokenizer.id_to_token(without_end_of_text.pad_id) == "<|im_end|>"
 
 
-@pytest.mark.parametrize(
-    "missing", ["+", "-", "<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>"]
-)
+@pytest.mark.parametrize("missing", ["+", "-", "<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>"])
 def test_a_missing_token_is_an_error(missing):
     words = [word for word in WORDS if word != missing]
     special = [token for token in CONTROL_TOKENS if token != missing]
@@ -73,11 +71,7 @@ def test_truncation_and_padding_of_the_file_are_off():
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=99)
     encoded = encode(wrap(tokenizer), example(*TURNS), [], tokens_per_tile=1)
-    assert (
-        len(encoded.tokens)
-        == len(encode(wrap(small_tokenizer()), example(*TURNS), [], 1).tokens)
-        not in (4, 99)
-    )
+    assert len(encoded.tokens) == len(encode(wrap(small_tokenizer()), example(*TURNS), [], 1).tokens) not in (4, 99)
 
 
 def test_encode_without_images(small):
@@ -93,9 +87,7 @@ def test_encode_without_images(small):
     assert encoded.labels.tolist() == [small.plus_id, small.minus_id]
     assert encoded.tokens[encoded.step_positions + 1].tolist() == [small.plus_id, small.minus_id]
     assert not encoded.image_mask.any() and encoded.num_tiles == 0
-    assert {array.dtype for array in (encoded.tokens, encoded.step_positions, encoded.labels)} == {
-        np.dtype("int32")
-    }
+    assert {array.dtype for array in (encoded.tokens, encoded.step_positions, encoded.labels)} == {np.dtype("int32")}
     assert encoded.image_mask.dtype == bool
 
 
@@ -141,9 +133,7 @@ def test_length_is_checked_against_the_context(small):
     encoded = encode(small, example(*TURNS, images=1), [2], tokens_per_tile=4)
     length = len(encoded.tokens)
     check_length(encoded, length, "x.json row 0")
-    with pytest.raises(
-        InputError, match=f"x.json row 0: .* gives {length} tokens, 8 for images; .* {length - 1}:"
-    ):
+    with pytest.raises(InputError, match=f"x.json row 0: .* gives {length} tokens, 8 for images; .* {length - 1}:"):
         check_length(encoded, length - 1, "x.json row 0")
 
 
@@ -192,9 +182,7 @@ def test_ids_of_the_real_rows_are_the_recorded_ones(real, shared):
         encoded = encode(real, row, tiles, tokens_per_tile=256)
         ids = encoded.tokens.tolist()
         assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == expected["ids_sha256"], row.place
-        assert hashlib.sha256(encoded.tokens.astype("<i4").tobytes()).hexdigest() == score["ids_sha"], (
-            row.place
-        )
+        assert hashlib.sha256(encoded.tokens.astype("<i4").tobytes()).hexdigest() == score["ids_sha"], row.place
         assert encoded.tokens[~encoded.image_mask].tolist() == expected["ids_without_img_context"]
         assert int(encoded.image_mask.sum()) == expected["n_img_context"]
         assert encoded.num_tiles == expected["num_tiles"] == score["n_tiles"]

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from dreamprm_jax.data.images import count_tiles, open_image, tile_image
 from dreamprm_jax.data.tokens import PRMTokenizer, check_length, encode
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.types import Batch
+
+KEPT_BYTES = 256 * 2**20
+"""Data sets whose tiles take no more memory than this are decoded once."""
 
 
 class ImageSpec(NamedTuple):
@@ -35,8 +39,8 @@ class ImageSpec(NamedTuple):
 class Dataset:
     """Encoded examples, checked row by row, and the shapes their batches are padded to.
 
-    Only the pixels are read again, tile by tile, when a batch is built: everything else that can be wrong
-    with a row has been found by `encode_all`.
+    Pixels are read again when a batch is built, unless they are few enough to be kept (`KEPT_BYTES`);
+    everything else that can be wrong with a row has been found by `encode_all`.
     """
 
     examples: tuple[Example, ...]
@@ -46,6 +50,7 @@ class Dataset:
     token_buckets: tuple[int, ...]
     tile_buckets: tuple[int, ...]
     num_steps: int  # S of every batch: the longest chain
+    tiles: tuple[np.ndarray, ...] | None  # each row's, uint8 [P, height, width, 3], where all of them are small
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -57,9 +62,7 @@ def _num_tiles(example: Example, images: ImageSpec) -> list[int]:
     return [count_tiles(*size, max_tiles=images.max_tiles, tile_size=images.tile_size) for size in sizes]
 
 
-def encode_all(
-    examples: Sequence[Example], tokenizer: PRMTokenizer, images: ImageSpec, context: int
-) -> Dataset:
+def encode_all(examples: Sequence[Example], tokenizer: PRMTokenizer, images: ImageSpec, context: int) -> Dataset:
     """Tokenises and checks every row; decodes every image once.
 
     Args:
@@ -81,6 +84,8 @@ def encode_all(
 
     with ThreadPoolExecutor() as pool:  # PIL and tokenizers both release the interpreter lock
         encoded = tuple(pool.map(encode_one, examples))
+        total_bytes = sum(row.num_tiles for row in encoded) * images.tile_size**2 * 3
+        kept = tuple(pool.map(partial(read_tiles, images=images), examples)) if total_bytes <= KEPT_BYTES else None
     return Dataset(
         examples=tuple(examples),
         encoded=encoded,
@@ -89,7 +94,18 @@ def encode_all(
         token_buckets=buckets([len(row.tokens) for row in encoded], multiple=8),
         tile_buckets=buckets([row.num_tiles for row in encoded], multiple=1),
         num_steps=max(len(row.labels) for row in encoded),
+        tiles=kept,
     )
+
+
+def read_tiles(example: Example, images: ImageSpec) -> np.ndarray:
+    """All tiles of the row's images, image by image: uint8 [P, height, width, 3]."""
+    size = images.tile_size
+    parts = [
+        tile_image(open_image(source, example.place), max_tiles=images.max_tiles, tile_size=size)
+        for source in example.images
+    ]
+    return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *parts])
 
 
 def buckets(lengths: Sequence[int], multiple: int) -> tuple[int, ...]:
@@ -111,21 +127,13 @@ def _bucket(edges: Sequence[int], length: int) -> int:
     return min(edge for edge in edges if edge >= length)
 
 
-def _tiles(dataset: Dataset, index: int, num_tiles: int) -> np.ndarray:
-    """uint8 [num_tiles, height, width, 3]: all tiles of the row's images, then zeros."""
-    size = dataset.images.tile_size
+def _padded_tiles(dataset: Dataset, index: int, num_tiles: int) -> np.ndarray:
+    """uint8 [num_tiles, height, width, 3]: the row's own tiles, then zeros."""
     example = dataset.examples[index]
-    tiles = np.zeros((num_tiles, size, size, 3), np.uint8)
-    offset = 0
-    for source in example.images:
-        part = tile_image(
-            open_image(source, example.place), max_tiles=dataset.images.max_tiles, tile_size=size
-        )
-        tiles[offset : offset + len(part)] = part
-        offset += len(part)
-    if offset != dataset.encoded[index].num_tiles:
+    tiles = read_tiles(example, dataset.images) if dataset.tiles is None else dataset.tiles[index]
+    if len(tiles) != dataset.encoded[index].num_tiles:
         raise InputError(f'{example.place}: "image" changed on disk since the run began; start again')
-    return tiles
+    return np.concatenate([tiles, np.zeros((num_tiles - len(tiles), *tiles.shape[1:]), np.uint8)])
 
 
 def _pad(row: np.ndarray, length: int, value: int | bool) -> np.ndarray:
@@ -150,7 +158,7 @@ def collate(dataset: Dataset, indices: Sequence[int], batch_size: int | None = N
         columns = [_pad(getattr(row, field), length, fill) for row in rows]
         return np.stack(columns + [np.full_like(columns[0], fill)] * (size - len(rows)))
 
-    tiles = np.stack([_tiles(dataset, i, num_tiles) for i in indices])
+    tiles = np.stack([_padded_tiles(dataset, i, num_tiles) for i in indices])
     real = np.arange(size) < len(rows)
     num_labels = np.array([len(row.labels) for row in rows] + [0] * (size - len(rows)))
     return Batch(
@@ -183,21 +191,36 @@ def read_order(path: str, num_rows: int) -> np.ndarray:
     return np.asarray(order, np.int32)
 
 
-def training_batches(
-    dataset: Dataset, *, batch_size: int, num_batches: int, seed: int, order: np.ndarray | None = None
-) -> grain.IterDataset:
-    """`num_batches` batches: a seeded shuffle, new in every epoch, or `order` as it stands, over and over.
+def training_order(
+    num_rows: int, *, batch_size: int, num_batches: int, seed: int, order: np.ndarray | None = None
+) -> grain.MapDataset:
+    """Which rows go into which batch: a seeded shuffle, new in every epoch, or `order` as it stands, over and over.
 
-    Batches run on across the epochs' borders, so no row is left out. The iterator's `get_state` and
-    `set_state` resume it exactly.
+    Batches run on across the epochs' borders, so no row is left out.
+
+    Returns:
+      Element n holds the rows of batch n, int [batch_size].
     """
-    rows = np.arange(len(dataset)) if order is None else order
+    rows = np.arange(num_rows) if order is None else order
     source = grain.MapDataset.source(rows).seed(seed)
     if order is None:
         source = source.shuffle()
-    num_epochs = -(-num_batches * batch_size // len(rows))
-    batches = source.repeat(num_epochs).batch(batch_size).map(lambda indices: collate(dataset, indices))
+    return source.repeat(-(-num_batches * batch_size // len(rows))).batch(batch_size)
+
+
+def training_batches(dataset: Dataset, rows: grain.MapDataset) -> grain.IterDataset:
+    """The batches that `rows` (of `training_order`) names, read ahead by threads.
+
+    The iterator's `get_state` and `set_state` resume it exactly.
+    """
+    batches = rows.map(lambda indices: collate(dataset, indices))
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+
+
+def count_visits(rows: grain.MapDataset, num_batches: int, num_rows: int) -> np.ndarray:
+    """How often each row is drawn by the first `num_batches` batches: int [num_rows]."""
+    drawn = [rows[n] for n in range(num_batches)]
+    return np.bincount(np.concatenate(drawn), minlength=num_rows)
 
 
 def ordered_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:

@@ -28,6 +28,10 @@ IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 """Of ImageNet, as InternVL was trained; red, green, blue in [0, 1]."""
 
+# Odd palettes and broken EXIF: the pixels are what they are. Said once, here, because a filter that is set and
+# reset around each image is shared by all threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that starts another program (EPS)
 
 
@@ -114,15 +118,11 @@ def _opened(source: ImageSource, place: str) -> Iterator[Image.Image]:
     name = f"{len(source)} bytes" if isinstance(source, bytes) else f'"{source}"'
     bomb = Image.DecompressionBombWarning
     try:
-        with warnings.catch_warnings():
-            # Odd palettes, broken EXIF. Pillow's alone: with threads, a filter can outlive its block.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            warnings.simplefilter("error", bomb)
-            file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
-            with Image.open(file, formats=_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise bomb(f"{image.width} x {image.height} pixels")
-                yield image
+        file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise bomb(f"{image.width} x {image.height} pixels")
+            yield image
     except (bomb, Image.DecompressionBombError) as error:
         raise InputError(
             f'{place}: "image" {name} is too large ({error}); the limit is {MAX_PIXELS} pixels: scale it down'

@@ -6,8 +6,7 @@ rooms, doors form a permutation and each sign occurs once, so every look-up is o
 step ends at a wrong answer. A question names a start and asks for the digit at the end:
 
     doors   "start NW"      NW to SE / SE shows 7
-    signs   "find star"     star in SW / SW shows 4
-    tour    "follow star"   star in SW / SW to NE / NE shows 0
+    colours   "find red"     red in SW / SW shows 4
 
 A wrong step claims another value of the same kind, drawn so that the text alone says nothing about right or wrong;
 the steps after it are true look-ups from the wrong place. A step is labelled "+" while the solution is right up to
@@ -44,7 +43,7 @@ from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, Example, Turn
 from dreamprm_jax.errors import InputError
 
 ROOMS = ("NW", "NE", "SW", "SE")
-SIGNS = ("star", "disc", "square", "wedge")
+YES, NO = "yes", "no"
 DIGITS = tuple("0123456789ABCDEF")
 SOURCES = ("clean", "flipped", "always_plus", "trivial")
 
@@ -56,11 +55,8 @@ SPECIAL_TOKENS = (
     *(END_OF_TEXT, TURN_START, TURN_END, SEPARATOR, *HEADERS.values()),
     *(IMAGE_START, IMAGE_END, IMAGE_CONTEXT),
 )
-VERBS = {"doors": "start", "signs": "find", "tour": "follow"}
-RELATIONS = {"doors": ("to", "shows"), "signs": ("in", "shows"), "tour": ("in", "to", "shows")}
-
-# Marks as rows of bits, most significant bit on the left.
-SIGN_ROWS = ((4, 21, 14, 21, 4), (14, 31, 31, 31, 14), (31, 17, 17, 17, 31), (1, 3, 7, 15, 31))
+VERBS = {"doors": "enter"}
+RELATIONS = {"doors": ("to", "shows")}
 
 
 class Sizes(NamedTuple):
@@ -70,8 +66,9 @@ class Sizes(NamedTuple):
     meta and test candidates get theirs from each question's difficulty (see `_difficulty`).
     """
 
-    pretrain: int = 2000  # dialogues of `pretrain_turns` look-ups each
-    pretrain_turns: int = 4
+    pretrain: int = 4000  # dialogues of `pretrain_turns` look-ups each
+    pretrain_turns: int = 2
+    pretrain_check_rate: float = 0.5  # share of the turns that ask whether a look-up is so, not what it gives
     cold_start: int = 200  # chains with step labels
     cold_start_flip_rate: float = 0.0  # share of cold-start chains with the opposite verdict
     clean: int = 600  # training chains per source
@@ -80,9 +77,7 @@ class Sizes(NamedTuple):
     trivial: int = 200
     flip_rate: float = 0.8  # share of the chains of `flipped` with the opposite verdict
     right_rate: float = 0.5
-    early_error_rate: float = (
-        0.7  # a wrong chain's first error is at step 0; else uniform over the later steps
-    )
+    early_error_rate: float = 0.8  # a wrong chain's first error is at step 0; else uniform over the later steps
     meta_questions: int = 50
     meta_candidates: int = 4  # chains per meta question
     test_questions: int = 500
@@ -156,13 +151,11 @@ def tokenizer() -> tokenizers.Tokenizer:
 
     An unknown word is an error of the caller, not a token: encoding it raises.
     """
-    words = [PLUS, MINUS, *ROOMS, *SIGNS, *DIGITS, *VERBS.values(), "to", "in", "shows"]
+    words = [PLUS, MINUS, YES, NO, *ROOMS, *DIGITS, *VERBS.values(), "to", "shows"]
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
     result = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unknown>"))
     result.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    result.add_special_tokens(
-        [tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS]
-    )
+    result.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
     return result
 
 
@@ -182,22 +175,23 @@ def _check(sizes: Sizes) -> None:
 
 
 def _pretrain(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
-    return [_dialogue(rng, row, sizes.pretrain_turns) for row in range(sizes.pretrain)]
+    return [_dialogue(rng, row, sizes) for row in range(sizes.pretrain)]
 
 
-def _dialogue(rng: np.random.Generator, row: int, num_turns: int) -> Example:
+def _dialogue(rng: np.random.Generator, row: int, sizes: Sizes) -> Example:
     board = _board(rng)
-    facts = [
-        (key, relation, value) for relation, table in board.tables.items() for key, value in table.items()
-    ]
+    facts = [(key, relation, value) for relation, table in board.tables.items() for key, value in table.items()]
     turns = []
-    for index in rng.permutation(len(facts))[:num_turns]:
+    for index in rng.permutation(len(facts))[: sizes.pretrain_turns]:
         key, relation, value = facts[index]
-        turns += [Turn(HUMAN, f"{key} {relation}"), Turn(GPT, value)]
+        if rng.random() < sizes.pretrain_check_rate:
+            right = rng.random() < 0.5
+            claim = value if right else _other(rng, relation, value)
+            turns += [Turn(HUMAN, f"{key} {relation} {claim}"), Turn(GPT, YES if right else NO)]
+        else:
+            turns += [Turn(HUMAN, f"{key} {relation}"), Turn(GPT, value)]
     turns[0] = Turn(HUMAN, f"{IMAGE_MARKER}{turns[0].text}")
-    return Example(
-        row, f"pretrain_{row}", tuple(turns), (board.png,), dataset="pretrain", place=f"pretrain row {row}"
-    )
+    return Example(row, f"pretrain_{row}", tuple(turns), (board.png,), dataset="pretrain", place=f"pretrain row {row}")
 
 
 def _cold_start(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
@@ -227,9 +221,7 @@ def _numbered(split: str, makers: dict, sources: list[str]) -> list[Example]:
 
 
 def _meta(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
-    questions = [
-        _question(rng, sizes, "meta", number, sizes.meta_candidates) for number in range(sizes.meta_questions)
-    ]
+    questions = [_question(rng, sizes, "meta", number, sizes.meta_candidates) for number in range(sizes.meta_questions)]
     return [example for question in questions for example in question.examples]
 
 
@@ -265,8 +257,13 @@ def _error(rng: np.random.Generator, task: _Task, early_rate: float) -> _Error:
     relations = RELATIONS[task.family]
     step = 0 if rng.random() < early_rate else 1 + int(rng.integers(len(relations) - 1))
     right = _solve(task, None).steps[step].split()[-1]
-    kinds = DIGITS if relations[step] == "shows" else ROOMS
-    return _Error(step, _choice(rng, tuple(value for value in kinds if value != right)))
+    return _Error(step, _other(rng, relations[step], right))
+
+
+def _other(rng: np.random.Generator, relation: str, value: str) -> str:
+    """Any other value of the relation's kind, all alike."""
+    kind = DIGITS if relation == "shows" else ROOMS
+    return _choice(rng, tuple(other for other in kind if other != value))
 
 
 def _labelled(rng: np.random.Generator, sizes: Sizes, flip_rate: float) -> tuple:
@@ -292,9 +289,7 @@ def _trivial(rng: np.random.Generator) -> tuple:
     return task, chain, chain.labels
 
 
-def _question(
-    rng: np.random.Generator, sizes: Sizes, split: str, number: int, num_candidates: int
-) -> Question:
+def _question(rng: np.random.Generator, sizes: Sizes, split: str, number: int, num_candidates: int) -> Question:
     task = _task(rng)
     typical = _error(rng, task, sizes.early_error_rate)
     wrong_rate = _difficulty(rng)
@@ -323,9 +318,11 @@ def _difficulty(rng: np.random.Generator) -> float:
 
 
 def _example(split: str, row: int, task: _Task, chain: _Chain, labels: tuple[str, ...]) -> Example:
-    turns = [Turn(HUMAN, f"{IMAGE_MARKER}{task.question}")]
+    turns = []
     for step, label in zip(chain.steps, labels, strict=True):
         turns += [Turn(HUMAN, step), Turn(GPT, label)]
+    # The question and the first step share a turn, as in VisualPRM-400K.
+    turns[0] = Turn(HUMAN, f"{IMAGE_MARKER}{task.question} {chain.steps[0]}")
     return Example(row, f"{split}_{row}", tuple(turns), (task.board.png,), place=f"{split} row {row}")
 
 
@@ -337,26 +334,24 @@ def _choice(rng: np.random.Generator, values: tuple[str, ...]) -> str:
 
 
 def _board(rng: np.random.Generator) -> _Board:
-    doors, signs = rng.permutation(4), rng.permutation(4)
+    doors = rng.integers(4, size=4)
     digits = rng.permutation(16)[:4]
     tables = {
-        "in": {SIGNS[sign]: ROOMS[room] for room, sign in enumerate(signs)},
-        "to": {ROOMS[room]: ROOMS[door] for room, door in enumerate(doors)},
+        "to": {ROOMS[room]: ROOMS[target] for room, target in enumerate(doors)},
         "shows": {ROOMS[room]: DIGITS[digit] for room, digit in enumerate(digits)},
     }
-    return _Board(tables, _png(_draw(rng, doors, signs, digits)))
+    return _Board(tables, _png(_draw(rng, doors, digits)))
 
 
-def _draw(rng: np.random.Generator, doors: np.ndarray, signs: np.ndarray, digits: np.ndarray) -> np.ndarray:
+def _draw(rng: np.random.Generator, doors: np.ndarray, digits: np.ndarray) -> np.ndarray:
     """The board as uint8 [IMAGE_SIZE, IMAGE_SIZE, 3]: ink and paper differ from picture to picture."""
     paper = rng.integers(200, 256, size=3)
-    ink = rng.integers(0, 90, size=3)
+    ink = rng.integers(0, 60, size=3)
     marks = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     for room in range(4):
         top, left = 2 * PATCH * (room // 2), 2 * PATCH * (room % 2)
         marks[top : top + PATCH, left : left + PATCH] = _lamps(digits[room])
-        marks[top : top + PATCH, left + PATCH : left + 2 * PATCH] = _door(doors[room])
-        marks[top + PATCH : top + 2 * PATCH, left : left + PATCH] = _sign(signs[room])
+        marks[top : top + PATCH, left + PATCH : left + 2 * PATCH] = _map(doors[room])
     return np.where(marks[:, :, None], ink, paper).astype(np.uint8)
 
 
@@ -369,19 +364,11 @@ def _lamps(digit: int) -> np.ndarray:
     return marks
 
 
-def _sign(sign: int) -> np.ndarray:
-    """A sign [PATCH, PATCH], 5 px high and wide, in the middle of the patch."""
+def _map(target: int) -> np.ndarray:
+    """A map [PATCH, PATCH] of the board with the quarter of room `target` filled."""
     marks = np.zeros((PATCH, PATCH), bool)
-    marks[1:-1, 1:-1] = (np.array(SIGN_ROWS[sign])[:, None] >> np.arange(4, -1, -1)) & 1
-    return marks
-
-
-def _door(target: int) -> np.ndarray:
-    """A framed map [PATCH, PATCH] of the board with the quarter of room `target` filled."""
-    marks = np.ones((PATCH, PATCH), bool)
-    marks[1:-1, 1:-1] = False
-    top, left = 1 + 3 * (target // 2), 1 + 3 * (target % 2)
-    marks[top : top + 2, left : left + 2] = True
+    top, left = 4 * (target // 2), 4 * (target % 2)
+    marks[top : top + 3, left : left + 3] = True
     return marks
 
 
@@ -390,15 +377,9 @@ def _png(pixels: np.ndarray) -> bytes:
     height, width, _ = pixels.shape
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()
     size = len(rows)
-    stream = (
-        b"\x78\x01\x01"
-        + struct.pack("<HH", size, size ^ 0xFFFF)
-        + rows
-        + struct.pack(">I", zlib.adler32(rows))
-    )
+    stream = b"\x78\x01\x01" + struct.pack("<HH", size, size ^ 0xFFFF) + rows + struct.pack(">I", zlib.adler32(rows))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )

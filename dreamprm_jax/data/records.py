@@ -156,9 +156,7 @@ def _not_json(place: str, error: Exception) -> InputError:
         reason = f"{error.msg} at column {error.colno}"
     else:
         reason = str(error)
-    return InputError(
-        f"{place}: not valid JSON ({reason}); correct it, or write the file again if it was cut"
-    )
+    return InputError(f"{place}: not valid JSON ({reason}); correct it, or write the file again if it was cut")
 
 
 def _error(place: str, field: str, problem: str) -> InputError:

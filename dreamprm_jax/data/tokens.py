@@ -82,9 +82,7 @@ def _single_id(tokenizer: Tokenizer, text: str, name: str) -> int:
     return token_id
 
 
-def encode(
-    tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], tokens_per_tile: int
-) -> Encoded:
+def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], tokens_per_tile: int) -> Encoded:
     """Tokenises a whole row at once.
 
     Args:
@@ -100,7 +98,13 @@ def encode(
       InputError: image tokens that do not match the images, or a label that is not one token.
     """
     rendered = render(example)
-    encoding = tokenizer.tokenizer.encode(rendered.text, add_special_tokens=False)
+    try:
+        encoding = tokenizer.tokenizer.encode(rendered.text, add_special_tokens=False)
+    except Exception as error:  # the library raises a bare Exception, for one where a word is not in a word list
+        raise InputError(
+            f'{example.place}: "conversations" has text that the tokenizer cannot take ({error}); '
+            "set model.tokenizer to the tokenizer of the checkpoint"
+        ) from error
     ids = np.array(encoding.ids, np.int32)
     images = np.flatnonzero(ids == tokenizer.image_context_id)
     if not len(images) == len(num_tiles) == rendered.num_image_markers:

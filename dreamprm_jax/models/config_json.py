@@ -194,9 +194,7 @@ def tie_flag(root: dict[str, Any]) -> bool | None:
     return bool(said.pop()) if len(said) == 1 else None
 
 
-def config_to_json(
-    config: InternVLConfig, layout: str, dtype: str = "float32", image_token_id: int = 151_667
-) -> str:
+def config_to_json(config: InternVLConfig, layout: str, dtype: str = "float32", image_token_id: int = 151_667) -> str:
     """The text of a config.json, in the "original" or the "hf" layout; `config_from_json` reads it back.
 
     Args:

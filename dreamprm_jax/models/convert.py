@@ -163,9 +163,7 @@ def parameter_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _rules(config: InternVLConfig) -> list[Rule]:
-    return [
-        rule for rule in RULES if not (rule.path == "language/lm_head" and config.language.tie_embeddings)
-    ]
+    return [rule for rule in RULES if not (rule.path == "language/lm_head" and config.language.tie_embeddings)]
 
 
 def _axis_sizes(config: InternVLConfig, tower: str) -> dict[str, int]:
@@ -278,17 +276,11 @@ def _weight_files(directory: Path) -> list[Path]:
             raise InputError(f'{index}: "weight_map" is missing; it must give the file of every tensor')
         for name in sorted(set(map(str, weight_map.values()))):
             if Path(name).name != name or not (directory / name).is_file():
-                raise InputError(
-                    f'{index}: "weight_map" names the file {name!r}, which is not in {directory}'
-                )
+                raise InputError(f'{index}: "weight_map" names the file {name!r}, which is not in {directory}')
             files.append(directory / name)
     if not files:
-        pickles = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)
-        )
-        why = (
-            f"; {pickles[0]} is a pickle, which can run code and is never read: convert it" if pickles else ""
-        )
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        why = f"; {pickles[0]} is a pickle, which can run code and is never read: convert it" if pickles else ""
         raise InputError(f"{directory}: no {SINGLE} and no {INDEX}{why}")
     return list(dict.fromkeys(files))
 
@@ -299,9 +291,7 @@ def _open(file: Path) -> Any:
     try:
         return safetensors.safe_open(file, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file}: not a readable safetensors file ({error}); copy or download it again"
-        ) from error
+        raise InputError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from error
 
 
 def _read_headers(files: list[Path]) -> list[_Stored]:
@@ -333,9 +323,7 @@ def _table_name(name: str) -> str:
     return name
 
 
-def _check_tensors(
-    directory: Path, layout: str, slots: dict[str, Slot], by_name: dict[str, list[_Stored]]
-) -> None:
+def _check_tensors(directory: Path, layout: str, slots: dict[str, Slot], by_name: dict[str, list[_Stored]]) -> None:
     """Raise one InputError that lists everything wrong with the tensors of a checkpoint."""
     known = {name: found for name, found in by_name.items() if name in slots}
     each = [(tensor, slots[name].shape) for name, found in known.items() for tensor in found]
@@ -360,9 +348,7 @@ def _check_tensors(
     }
     lines = [_list(kind, names) for kind, names in problems.items() if names]
     if lines:
-        raise InputError(
-            f"{directory}: not the tensors of its config.json ({layout} layout): {'; '.join(lines)}"
-        )
+        raise InputError(f"{directory}: not the tensors of its config.json ({layout} layout): {'; '.join(lines)}")
 
 
 def _list(kind: str, names: list[str]) -> str:

@@ -61,7 +61,7 @@ def ours(peer, tmp_path_factory):
 def inputs():
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(NUM_TILES, 56, 56, 3)).astype(np.float32)
-    ids = rng.integers(0, IMAGE_TOKEN, (1, 60))
+    ids = rng.integers(0, IMAGE_TOKEN, (1, 60))  # int64, as torch wants them
     ids[0, 5 : 5 + NUM_TILES * IMAGE_TOKENS] = IMAGE_TOKEN
     return pixels, ids
 
@@ -102,9 +102,10 @@ def test_language_model(peer, ours, inputs):
 
 def logits_of(config, params, inputs):
     pixels, ids = inputs
+    ids = jnp.asarray(ids)
     features = internvl.encode_pixels(config, params, pixels).reshape(1, NUM_TILES * IMAGE_TOKENS, -1)
-    x = internvl.embed_tokens(config, params, jnp.asarray(ids))
-    x = internvl.merge_image_features(x, jnp.asarray(ids == IMAGE_TOKEN), features)
+    x = internvl.embed_tokens(config, params, ids)
+    x = internvl.merge_image_features(x, ids == IMAGE_TOKEN, features)
     positions = jnp.arange(ids.shape[1])[None]
     return internvl.head(config, params, internvl.language_states(config, params, x, positions))
 
@@ -112,7 +113,7 @@ def logits_of(config, params, inputs):
 def test_logits(peer, ours, inputs):
     with torch.no_grad():
         expected = peer(input_ids=torch.from_numpy(inputs[1]), pixel_values=to_torch(inputs[0])).logits
-    close(logits_of(*ours, inputs), expected)
+    close(jax.jit(logits_of, static_argnums=0)(*ours, inputs), expected)
 
 
 def test_the_peer_loads_what_we_write(peer, ours, inputs, tmp_path):

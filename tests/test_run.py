@@ -1,0 +1,207 @@
+"""The command line: a user's mistake is one `error:` line with the place, and exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+
+import run
+from configs import base, score
+from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.models import convert, internvl, presets
+from dreamprm_jax.scoring import run_scoring
+
+ROOT = Path(__file__).parent.parent
+TABLE = "--config=configs/table.py"
+
+
+def call(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "run.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def refused(*arguments) -> str:
+    """The one line on stderr."""
+    done = call(*arguments)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config is missing"),
+        (("--config=configs/tabel.py",), "configs/tabel.py: no such file"),
+        ((TABLE + ":interlvl3_1b",), "'interlvl3_1b' is not known; choose from internvl3_1b"),
+        ((TABLE + ":paper,corrected",), "are both a recipe"),
+        ((TABLE, "--config.inner.lrr=1"), "inner.lrr is not a field of the config; the nearest is --config.inner.lr"),
+        ((TABLE, "--config.batchsize=1"), "the nearest is --config.batch_size"),
+        ((TABLE, "--config.batch_size=many"), "--config.batch_size=many"),
+        ((TABLE, "--config.batch_size=0"), "--config.batch_size=0: must be at least 1"),
+        ((TABLE, "--config.aggregate=median"), "--config.aggregate=median: must be one of mean"),
+        ((TABLE, "--wrokdir=x"), "wrokdir"),
+        ((TABLE, "stray"), "unexpected argument 'stray'"),
+    ],
+)
+def test_wrong_flags(arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_flags_may_come_before_the_config():
+    assert "--config.batch_size=0" in refused("--config.batch_size=0", TABLE)
+
+
+def test_help_needs_no_config():
+    done = call("--help")
+    assert done.returncode == 0
+    assert "--config.FIELD=VALUE" in done.stdout
+
+
+# Mistakes in files, shown on a tiny checkpoint of our own with the embedded benchmark's tokenizer.
+
+SIZES = noisy_steps.Sizes(pretrain=1, cold_start=1, clean=3, flipped=0, always_plus=0, trivial=0, test_questions=1)
+CHAIN = next(row for row in noisy_steps.make(0, SIZES).train if row.num_steps >= 2)
+STEPS = [turn.text.replace("<image>", "") for turn in CHAIN.turns if turn.role == "human"]
+
+
+def conversation(*labels, first=STEPS[0]):
+    turns = []
+    for step, label in zip([first, *STEPS[1:]], labels, strict=False):
+        turns += [{"from": "human", "value": step}, {"from": "gpt", "value": label}]
+    return turns
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = noisy_steps.tokenizer()
+    config = presets.tiny(tokenizer.get_vocab_size())
+    convert.save_checkpoint(config, internvl.init(config, jax.random.key(0, impl="rbg")), folder, "original")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    Image.new("RGB", (28, 28), (9, 99, 199)).save(tmp_path / "a.png")
+    return [{"id": i, "image": "a.png", "conversations": conversation("+"), "true_false": True} for i in range(3)]
+
+
+def score_config(checkpoint, tmp_path, rows):
+    path = tmp_path / "rows.json"
+    path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    cfg = score.get_config()
+    cfg.model.checkpoint, cfg.input.path, cfg.output = str(checkpoint), str(path), str(tmp_path / "out.jsonl")
+    return cfg
+
+
+def scores_of(checkpoint, tmp_path, rows, history="plus"):
+    cfg = score_config(checkpoint, tmp_path, rows)
+    cfg.score.history = history
+    run_scoring(cfg, tmp_path / "work")
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_a_good_file_is_scored_in_order(checkpoint, tmp_path, rows):
+    rows[1] = {**rows[1], "conversations": conversation("+", "+")}
+    rows[2] = {**rows[2], "true_false": False}
+    lines = scores_of(checkpoint, tmp_path, rows)
+    assert [line["row"] for line in lines] == [line["id"] for line in lines] == [0, 1, 2]
+    assert [len(line["step_scores"]) for line in lines] == [1, 2, 1]
+    assert list(lines[0]) == [
+        "row", "id", "num_tiles", "num_tokens", "step_scores", "step_scores_two_token", "score", "true_false",
+    ]  # fmt: skip
+    assert lines[0]["score"] == lines[2]["score"] == pytest.approx(lines[0]["step_scores"][0])
+    assert [line["true_false"] for line in lines] == [True, True, False]
+
+
+def test_history_is_plus_unless_the_file_is_asked_for(checkpoint, tmp_path, rows):
+    rows = [{**rows[0], "conversations": conversation(label, "+")} for label in "+-"]
+    lines = {history: scores_of(checkpoint, tmp_path, rows, history) for history in ("plus", "given")}
+    plus, given = ([line["step_scores"] for line in lines[history]] for history in ("plus", "given"))
+    assert plus[0] == plus[1] == given[0]
+    assert given[1][0] == given[0][0]
+    assert given[1][1] != given[0][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "b.png"}, 'rows.json row 1: "image"'),
+        ({"image": "broken.png"}, 'rows.json row 1: "image"'),
+        ({"image": "../../../../etc/passwd"}, 'rows.json row 1: "image"'),
+        ({"conversations": []}, 'rows.json row 1: "conversations"'),
+        ({"conversations": conversation("yes")}, "rows.json row 1: "),
+        ({"conversations": conversation("+", first="find <|im_end|>")}, "<|im_end|>"),
+        ({"conversations": conversation("+", first="a word that the tokenizer lacks")}, "rows.json row 1: "),
+        ({"true_false": "no"}, 'rows.json row 1: "true_false"'),
+    ],
+)
+def test_a_bad_row_stops_before_anything_is_written(checkpoint, tmp_path, rows, change, message):
+    good = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(good[: len(good) // 2])
+    rows[1] = {**rows[1], **change}
+    cfg = score_config(checkpoint, tmp_path, rows)
+    with pytest.raises(InputError) as error:
+        run_scoring(cfg, tmp_path / "work")
+    assert message in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.input.path=nowhere.json", "nowhere.json"),
+        ("--config.model.checkpoint=no where", "no where"),
+        ("--config.model.tokenizer=configs", "tokenizer.json"),
+        ("--config.input.images=nowhere", "nowhere"),
+    ],
+)
+def test_missing_files(checkpoint, tmp_path, rows, flag, message):
+    cfg = score_config(checkpoint, tmp_path, rows)
+    field, value = flag.removeprefix("--config.").split("=")
+    cfg.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as error:
+        run_scoring(cfg, tmp_path / "work")
+    assert message in str(error.value)
+
+
+def test_a_row_error_reaches_the_command_line(checkpoint, tmp_path, rows):
+    rows[2]["image"] = "b.png"
+    cfg = score_config(checkpoint, tmp_path, rows)
+    flags = [f"--config.model.checkpoint={cfg.model.checkpoint}", f"--config.input.path={cfg.input.path}"]
+    assert 'rows.json row 2: "image"' in refused("--config=configs/score.py", *flags)
+
+
+def test_every_config_builds_and_passes_its_own_checks():
+    import importlib
+
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.stem in ("__init__", "base"):
+            continue
+        module = importlib.import_module(f"configs.{path.stem}")
+        arguments = [""] if path.stem == "score" else ["", "internvl3_1b", "corrected,internvl3_1b", "paper"]
+        for argument in arguments:
+            cfg = module.get_config(argument)
+            base.validate(cfg)
+            assert cfg.is_locked
+
+
+def test_every_field_is_read_by_something():
+    """A field that no code reads is a promise that nobody keeps."""
+    source = "\n".join(path.read_text() for path in [*(ROOT / "dreamprm_jax").rglob("*.py"), ROOT / "run.py"])
+    unread = [
+        name
+        for name in run.field_names(base.get_config())
+        if not name.startswith("noisy_steps.") and f".{name.rsplit('.', 1)[-1]}" not in source
+    ]
+    assert not unread

@@ -1,0 +1,165 @@
+"""The whole run on the embedded benchmark at a small size: files, resume, refusal, another run's model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import score, table
+from dreamprm_jax import experiment, train
+from dreamprm_jax.checkpoint import load_model
+from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.experiment import run_training
+
+SIZES = {
+    "pretrain": 16, "cold_start": 16, "clean": 8, "flipped": 8, "always_plus": 4, "trivial": 4,
+    "meta_questions": 4, "test_questions": 6,
+}  # fmt: skip
+
+
+def small_config():
+    cfg = table.get_config()
+    cfg.noisy_steps.update({name: size for name, size in SIZES.items() if name in cfg.noisy_steps})
+    cfg.cold_start.num_steps, cfg.num_steps, cfg.checkpoint_every = 3, 7, 2
+    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = 4
+    cfg.log_meta_grad = True
+    return cfg
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Every run jits its own functions; the second one of a kind should not compile again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    return workdir, run_training(small_config(), workdir)
+
+
+def lines(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def without_clocks(rows):
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def test_a_run_leaves_every_file(finished):
+    workdir, summary = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "instance_weights.jsonl",
+        "meta_params.safetensors", "summary.json", "report.html",
+    }  # fmt: skip
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert (summary["weighting"], summary["recipe"]) == ("table", "corrected")
+    assert set(summary["best_of_n"]) == {"pass_at_1", "majority", "prm", "oracle", "num_candidates", "num_questions"}
+    assert 0 <= summary["auroc"] <= 1
+    assert any(path.name.startswith("events") for path in (workdir / "tensorboard").iterdir())
+
+
+def test_metrics_have_a_line_a_step_with_what_the_step_did(finished):
+    rows = lines(finished[0])
+    assert [row["step"] for row in rows] == list(range(10))
+    assert [row["phase"] for row in rows] == ["cold_start"] * 3 + ["bilevel"] * 7
+    for row in rows[:3]:
+        assert not {"meta_loss", "meta_lr", "instance_weights", "meta_grad"} & set(row)
+    for row in rows[3:]:
+        assert len(row["example_ids"]) == len(row["instance_weights"]) == len(row["meta_grad"]) == 4
+        assert {
+            "inner_loss", "weighted_loss", "meta_loss", "meta_prediction", "grad_norm", "clip_active",
+            "meta_grad_norm", "lr", "meta_lr", "examples_per_second",
+        } <= set(row)  # fmt: skip
+        assert set(row["meta_grad"]) == {str(example) for example in row["example_ids"]}
+        assert row["meta_grad_norm"] > 0
+    assert rows[3]["instance_weights"] == [1.0] * 4
+
+
+def test_weights_are_listed_row_by_row(finished):
+    workdir, _ = finished
+    rows = lines(workdir, "instance_weights.jsonl")
+    table_file = load_file(workdir / "meta_params.safetensors")["table"]
+    visits = np.bincount([example for row in lines(workdir)[3:] for example in row["example_ids"]], minlength=len(rows))
+    assert [row["example_id"] for row in rows] == list(range(len(rows)))
+    np.testing.assert_allclose([row["weight"] for row in rows], table_file)
+    assert [row["visits"] for row in rows] == visits.tolist()
+    assert all((row["weight"] == 1.0) == (row["visits"] == 0) for row in rows)
+    assert {row["corrupted"] for row in rows} == {True, False}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("last_step", [1, 5, 9])
+def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, last_step):
+    """Killed in the cold start, in the bilevel phase off a checkpoint, and in its last step."""
+    workdir, count = tmp_path / "killed", 0
+    original = train._Logger.push
+
+    def push(logger, pending):
+        nonlocal count
+        original(logger, pending)
+        count += 1
+        if count > last_step:
+            raise Killed
+
+    monkeypatch.setattr(train._Logger, "push", push)
+    with pytest.raises(Killed):
+        run_training(small_config(), workdir)
+    monkeypatch.undo()
+    summary = run_training(small_config(), workdir)
+    whole, expected = finished
+    assert without_clocks(lines(workdir)) == without_clocks(lines(whole))
+    assert (workdir / "instance_weights.jsonl").read_bytes() == (whole / "instance_weights.jsonl").read_bytes()
+    assert (workdir / "meta_params.safetensors").read_bytes() == (whole / "meta_params.safetensors").read_bytes()
+    assert summary["best_of_n"] == expected["best_of_n"]
+
+
+def test_a_finished_run_answers_with_its_summary(finished, monkeypatch, capsys):
+    workdir, summary = finished
+    monkeypatch.setattr(experiment, "train", lambda *args: pytest.fail("trained again"))
+    assert run_training(small_config(), workdir) == summary
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    cfg = small_config()
+    cfg.inner.lr = 0.5
+    with pytest.raises(InputError, match="begun with config.inner.lr=.* now config.inner.lr=0.5"):
+        run_training(cfg, finished[0])
+
+
+def test_a_workdir_is_a_checkpoint(finished):
+    cfg = score.get_config()
+    cfg.model.checkpoint = str(finished[0])
+    model = load_model(cfg.model, seed=0)
+    assert model.tokenizer.vocab_size == noisy_steps.tokenizer().get_vocab_size()
+    fresh = load_model(table.get_config().model, seed=small_config().seed)
+    assert jax.tree.structure(model.params) == jax.tree.structure(fresh.params)
+    moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (model.params, fresh.params)), strict=True)]
+    assert sum(moved) > len(moved) // 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):
+    cfg = small_config()
+    cfg.inner.lr = 1e30
+    with pytest.raises(InputError, match="of bilevel: the loss is .* on rows .* lower inner.lr"):
+        run_training(cfg, tmp_path / "run")
+    assert [row["step"] for row in lines(tmp_path / "run")][:3] == [0, 1, 2]
+    assert (tmp_path / "run/checkpoints/3").is_dir()
+
+
+def test_report_is_one_page_with_pictures_and_no_links(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page.split("<body>")[1].split("<pre>")[0]
+    assert "flipped, corrupted" in page
+    assert "<h1>DreamPRM-1.5 in JAX: table, recipe corrected</h1>" in page
