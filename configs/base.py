@@ -49,6 +49,9 @@ def get_config() -> config_dict.ConfigDict:
     cfg.hypergradient = "unrolled"  # estimator of the meta-gradient
     cfg.step_loss = "mean"  # over the steps of a chain: mean (published code) | sum (paper, Eq. 1)
     cfg.aggregate = "mean"  # step scores -> response score, in the meta loss and in selection
+    # What the meta set asks for: both (the published reading: "+" at every step of a right answer, "-" at every step of
+    # a wrong one) | plus (the chain's aggregated P("+") is the probability that its answer is right).
+    cfg.meta_target = "both"
     cfg.meta_loss = "mse"  # of the aggregated probability of the target label: mse | cross_entropy
 
     cfg.inner = config_dict.ConfigDict()
@@ -164,6 +167,7 @@ CHECKS = {
     "hypergradient": _one_of("unrolled"),
     "step_loss": _one_of("mean", "sum"),
     "aggregate": _one_of("mean", "min", "max", "last", "product", "log_mean"),
+    "meta_target": _one_of("both", "plus"),
     "meta_loss": _one_of("mse", "cross_entropy"),
     "inner.lr": _at_least(0),
     "inner.weight_decay": _at_least(0),

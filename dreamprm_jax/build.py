@@ -153,18 +153,22 @@ def read_meta_params(path: str, shapes: PyTree) -> PyTree:
     return {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
 
 
-def prm_problem(cfg: Any, config: presets.InternVLConfig, weights: Any, inner_tx: Any) -> Problem:
-    """The bilevel problem of a process reward model (DESIGN of the objective: docs/bilevel.md)."""
+def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
+    """The bilevel problem of a process reward model; docs/bilevel.md has the objective and both meta targets."""
     aggregate, meta_loss = losses.AGGREGATIONS[cfg.aggregate], losses.META_LOSSES[cfg.meta_loss]
 
     def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits = internvl.apply(config, params, batch)
+        logits = internvl.apply(model.config, params, batch)
         return losses.example_losses(logits, batch.labels, batch.step_mask, cfg.step_loss), logits
 
     def outcome_loss(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = internvl.apply(config, params, batch)
-        probabilities = jnp.exp(losses.label_log_probs(logits, batch.labels))  # [B, S]
-        response_score = aggregate(probabilities, batch.step_mask)  # [B]
+        logits = internvl.apply(model.config, params, batch)
+        if cfg.meta_target == "both":
+            probabilities = jnp.exp(losses.label_log_probs(logits, batch.labels))  # [B, S], of "+" or "-" by outcome
+            response_score = aggregate(probabilities, batch.step_mask)  # [B]
+        else:
+            plus = aggregate(losses.step_scores(logits, model.tokenizer.plus_id), batch.step_mask)  # [B]
+            response_score = jnp.where(batch.labels[:, 0] == model.tokenizer.plus_id, plus, 1.0 - plus)
         loss = losses.masked_mean(meta_loss(response_score), batch.example_mask)
         return loss, {"meta_prediction": losses.masked_mean(response_score, batch.example_mask)}
 

@@ -58,13 +58,13 @@ def phases(cfg: Any, model: Model, data: build.TrainingData, weighting: Weightin
     levels = build.levels(cfg)
     found = []
     if cfg.cold_start.num_steps:
-        problem = build.prm_problem(cfg, model.config, _unit_weights, levels.cold_tx)
+        problem = build.prm_problem(cfg, model, _unit_weights, levels.cold_tx)
         step = build.plain_step(problem, levels.cold_rate, cfg.inner.clip_norm)
         rows = build.rows_of(cfg, "cold_start", data.cold_start)
         stream = iter(batches.training_batches(data.cold_start, rows))
         found.append((Phase("cold_start", 0, cfg.cold_start.num_steps, step, (stream,)), levels.cold_tx))
     if cfg.num_steps:
-        problem = build.prm_problem(cfg, model.config, weighting.apply, levels.inner_tx)
+        problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
         streams = [iter(batches.training_batches(data.train, build.rows_of(cfg, "train", data.train)))]
         if cfg.weighting.name == "uniform":
             name, step = "uniform", build.plain_step(problem, levels.inner_rate, cfg.inner.clip_norm)

@@ -52,6 +52,7 @@ def test_training_on_real_rows_replays_the_recorded_order_and_first_loss(shared,
     np.testing.assert_allclose(line["inner_loss"], recorded["lower"][0]["loss"], rtol=1e-4)
     assert 0 < line["meta_grad_norm"] < np.inf
     assert summary["num_steps"] == 1
-    weights = [json.loads(line)["weight"] for line in (tmp_path / "work/instance_weights.jsonl").open()]
+    lines = (tmp_path / "work/instance_weights.jsonl").read_text().splitlines()
+    weights = [json.loads(line)["weight"] for line in lines]
     moved = recorded["train_order"][0]
     assert [row for row, weight in enumerate(weights) if weight != 1.0] == [moved]

@@ -1,16 +1,15 @@
 """The embedded benchmark: rendered boards, chains of look-ups, sources of different quality. numpy + tokenizers.
 
-The picture is a board of four rooms (NW NE SW SE). Every room shows a hexadecimal digit, a door (a small map of the
-board whose lit quarter is the room that the door leads to) and a sign (star, disc, square, wedge). Digits differ between the
-rooms, doors form a permutation and each sign occurs once, so every look-up is one-to-one: a chain with one wrong
-step ends at a wrong answer. A question names a start and asks for the digit at the end:
+The picture is a board of four rooms (NW NE SW SE). Every room shows a small map of the board whose filled quarter
+is the room that its door leads to, one of the three others, drawn independently. A question names the room to start
+in and asks for the two rooms that one comes through: 9 possible answers. (With doors back into their own room
+a wrong "NW>NW" would be followed by the true "NW>SE": a contradiction that needs no picture.)
 
-    doors   "start NW"      NW to SE / SE shows 7
-    colours   "find red"     red in SW / SW shows 4
+    "enter:NW"      NW>SE / SE>SW      answer "SE SW"
 
-A wrong step claims another value of the same kind, drawn so that the text alone says nothing about right or wrong;
-the steps after it are true look-ups from the wrong place. A step is labelled "+" while the solution is right up to
-and including it (as in VisualPRM), so all steps after the first error are "-".
+A wrong step claims another room, each alike, so the text alone says nothing about right or wrong; the steps
+after it are true look-ups from the wrong place, and the answer, which is the way, is wrong. A step is labelled
+"+" while the solution is right up to and including it (as in VisualPRM), so all steps after the first error are "-".
 
 Training sources: `clean` has true labels; in `flipped` a share of the chains has the opposite verdict (a right chain
 is given a first error at a random step, a wrong one is all "+"); `always_plus` says "+" to everything; `trivial`
@@ -18,7 +17,9 @@ repeats the question and is rightly all "+". Meta and test chains have the true 
 in their turns are all "+", the history that a selector sees.
 
 `pretrain` is the declared stand-in for what the real system starts from, a pretrained vision-language model: dialogues
-of single look-ups on boards of their own ("NW to" -> "SE"), without a single "+" or "-".
+about boards of their own that ask for a door ("NW>" -> "SE") or whether one is so ("NW>SE" -> "yes"), without
+a single "+" or "-". A claim is one word of the vocabulary: with room, relation and value as words of their own a
+model of this size did not learn to check in minutes.
 """
 
 import struct
@@ -44,31 +45,32 @@ from dreamprm_jax.errors import InputError
 
 ROOMS = ("NW", "NE", "SW", "SE")
 YES, NO = "yes", "no"
-DIGITS = tuple("0123456789ABCDEF")
 SOURCES = ("clean", "flipped", "always_plus", "trivial")
 
-PATCH = 7  # px; every mark of a room fills one patch
-IMAGE_SIZE = 4 * PATCH  # px: two rooms a side, two patches a room
+ROOM_SIZE = 14  # px
+IMAGE_SIZE = 2 * ROOM_SIZE  # px
+QUARTER = 5  # px: side of a quarter of a room's map
+PAPER, INK = (240, 240, 232), (24, 24, 40)  # red, green, blue
+
+NUM_STEPS = 2  # S, doors that a chain goes through
 
 # The longest match wins, so a turn's header is one token here where the real tokenizer needs three: shorter rows.
 SPECIAL_TOKENS = (
     *(END_OF_TEXT, TURN_START, TURN_END, SEPARATOR, *HEADERS.values()),
     *(IMAGE_START, IMAGE_END, IMAGE_CONTEXT),
 )
-VERBS = {"doors": "enter"}
-RELATIONS = {"doors": ("to", "shows")}
 
 
 class Sizes(NamedTuple):
     """Sizes and corruption rates. Changing one split leaves the others as they are, byte for byte.
 
-    A rate is a probability per chain. `right_rate` is the share of right chains in the training sources and the cold start;
-    meta and test candidates get theirs from each question's difficulty (see `_difficulty`).
+    A rate is a probability per chain. `right_rate` is the share of right chains in the training sources and the cold
+    start; meta and test candidates get theirs from each question's difficulty (see `_difficulty`).
     """
 
     pretrain: int = 4000  # dialogues of `pretrain_turns` look-ups each
     pretrain_turns: int = 2
-    pretrain_check_rate: float = 0.5  # share of the turns that ask whether a look-up is so, not what it gives
+    pretrain_check_rate: float = 0.5  # share of the turns that ask whether a door is so, not where it leads
     cold_start: int = 200  # chains with step labels
     cold_start_flip_rate: float = 0.0  # share of cold-start chains with the opposite verdict
     clean: int = 600  # training chains per source
@@ -83,6 +85,9 @@ class Sizes(NamedTuple):
     test_questions: int = 500
     candidates: int = 8  # chains per test question
     common_error_rate: float = 0.2  # a wrong candidate makes the question's typical mistake
+
+
+DEFAULT_SIZES = Sizes()
 
 
 class Question(NamedTuple):
@@ -105,18 +110,17 @@ class Splits(NamedTuple):
 
 
 class _Board(NamedTuple):
-    tables: dict[str, dict[str, str]]  # relation -> key -> value
+    doors: dict[str, str]  # room -> the room behind its door
     png: bytes
 
 
 class _Task(NamedTuple):
     board: _Board
-    family: str
     start: str
 
     @property
     def question(self) -> str:
-        return f"{VERBS[self.family]} {self.start}"
+        return f"enter:{self.start}"
 
 
 class _Chain(NamedTuple):
@@ -130,7 +134,7 @@ class _Error(NamedTuple):
     value: str
 
 
-def make(seed: int, sizes: Sizes = Sizes()) -> Splits:
+def make(seed: int, sizes: Sizes = DEFAULT_SIZES) -> Splits:
     """Make all splits from `seed`, the same bytes on every machine.
 
     Raises InputError where `sizes` cannot be used.
@@ -151,7 +155,9 @@ def tokenizer() -> tokenizers.Tokenizer:
 
     An unknown word is an error of the caller, not a token: encoding it raises.
     """
-    words = [PLUS, MINUS, YES, NO, *ROOMS, *DIGITS, *VERBS.values(), "to", "shows"]
+    questions = [text for room in ROOMS for text in (f"enter:{room}", f"{room}>")]
+    claims = [f"{room}>{target}" for room in ROOMS for target in ROOMS if target != room]
+    words = [PLUS, MINUS, YES, NO, *ROOMS, *questions, *claims]
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
     result = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unknown>"))
     result.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -165,9 +171,9 @@ def _check(sizes: Sizes) -> None:
             raise InputError(f"noisy_steps: {name} = {value!r} must lie in [0, 1]")
         if not name.endswith("_rate") and (not isinstance(value, int) or value < 0):
             raise InputError(f"noisy_steps: {name} = {value!r} must be a whole number >= 0")
-    if not 1 <= sizes.pretrain_turns <= 12:
+    if not 1 <= sizes.pretrain_turns <= len(ROOMS):
         raise InputError(
-            f"noisy_steps: pretrain_turns = {sizes.pretrain_turns} must lie in [1, 12]: a board has 12 look-ups"
+            f"noisy_steps: pretrain_turns = {sizes.pretrain_turns} must lie in [1, {len(ROOMS)}]: one a room"
         )
 
 
@@ -180,16 +186,15 @@ def _pretrain(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
 
 def _dialogue(rng: np.random.Generator, row: int, sizes: Sizes) -> Example:
     board = _board(rng)
-    facts = [(key, relation, value) for relation, table in board.tables.items() for key, value in table.items()]
     turns = []
-    for index in rng.permutation(len(facts))[: sizes.pretrain_turns]:
-        key, relation, value = facts[index]
+    for index in rng.permutation(len(ROOMS))[: sizes.pretrain_turns]:
+        room, target = ROOMS[index], board.doors[ROOMS[index]]
         if rng.random() < sizes.pretrain_check_rate:
             right = rng.random() < 0.5
-            claim = value if right else _other(rng, relation, value)
-            turns += [Turn(HUMAN, f"{key} {relation} {claim}"), Turn(GPT, YES if right else NO)]
+            claim = target if right else _other(rng, room, target)
+            turns += [Turn(HUMAN, f"{room}>{claim}"), Turn(GPT, YES if right else NO)]
         else:
-            turns += [Turn(HUMAN, f"{key} {relation}"), Turn(GPT, value)]
+            turns += [Turn(HUMAN, f"{room}>"), Turn(GPT, target)]
     turns[0] = Turn(HUMAN, f"{IMAGE_MARKER}{turns[0].text}")
     return Example(row, f"pretrain_{row}", tuple(turns), (board.png,), dataset="pretrain", place=f"pretrain row {row}")
 
@@ -233,37 +238,31 @@ def _test(rng: np.random.Generator, sizes: Sizes) -> list[Question]:
 
 
 def _task(rng: np.random.Generator) -> _Task:
-    family = _choice(rng, tuple(RELATIONS))
-    board = _board(rng)
-    return _Task(board, family, _choice(rng, tuple(board.tables[RELATIONS[family][0]])))
+    return _Task(_board(rng), _choice(rng, ROOMS))
 
 
 def _solve(task: _Task, error: _Error | None) -> _Chain:
-    """Follow the task's look-ups; at `error.step` claim `error.value` and go on from there."""
-    here, steps, labels, right = task.start, [], [], True
-    for index, relation in enumerate(RELATIONS[task.family]):
-        value = task.board.tables[relation][here]
-        if error is not None and error.step == index:
-            right = right and error.value == value
-            value = error.value
-        steps.append(f"{here} {relation} {value}")
-        labels.append(PLUS if right else MINUS)
-        here = value
-    return _Chain(tuple(steps), tuple(labels), here)
+    """Go through the doors; at `error.step` claim `error.value` and go on from there."""
+    here, steps, labels, way = task.start, [], [], []
+    for index in range(NUM_STEPS):
+        target = error.value if error is not None and error.step == index else task.board.doors[here]
+        steps.append(f"{here}>{target}")
+        labels.append(PLUS if error is None or index < error.step else MINUS)
+        way.append(target)
+        here = target
+    return _Chain(tuple(steps), tuple(labels), " ".join(way))
 
 
 def _error(rng: np.random.Generator, task: _Task, early_rate: float) -> _Error:
-    """A mistake on the right path: mostly at the first look-up, any other value of the same kind alike."""
-    relations = RELATIONS[task.family]
-    step = 0 if rng.random() < early_rate else 1 + int(rng.integers(len(relations) - 1))
-    right = _solve(task, None).steps[step].split()[-1]
-    return _Error(step, _other(rng, relations[step], right))
+    """A mistake on the right path: mostly at the first door, any other room alike."""
+    step = 0 if rng.random() < early_rate else 1 + int(rng.integers(NUM_STEPS - 1))
+    here, target = _solve(task, None).steps[step].split(">")
+    return _Error(step, _other(rng, here, target))
 
 
-def _other(rng: np.random.Generator, relation: str, value: str) -> str:
-    """Any other value of the relation's kind, all alike."""
-    kind = DIGITS if relation == "shows" else ROOMS
-    return _choice(rng, tuple(other for other in kind if other != value))
+def _other(rng: np.random.Generator, room: str, target: str) -> str:
+    """A room that the door of `room` could lead to and does not, all alike."""
+    return _choice(rng, tuple(other for other in ROOMS if other not in (room, target)))
 
 
 def _labelled(rng: np.random.Generator, sizes: Sizes, flip_rate: float) -> tuple:
@@ -284,8 +283,7 @@ def _always_plus(rng: np.random.Generator, sizes: Sizes) -> tuple:
 
 def _trivial(rng: np.random.Generator) -> tuple:
     task = _task(rng)
-    num_steps = len(RELATIONS[task.family])
-    chain = _Chain((task.question,) * num_steps, (PLUS,) * num_steps, "")
+    chain = _Chain((task.question,) * NUM_STEPS, (PLUS,) * NUM_STEPS, "")
     return task, chain, chain.labels
 
 
@@ -334,42 +332,19 @@ def _choice(rng: np.random.Generator, values: tuple[str, ...]) -> str:
 
 
 def _board(rng: np.random.Generator) -> _Board:
-    doors = rng.integers(4, size=4)
-    digits = rng.permutation(16)[:4]
-    tables = {
-        "to": {ROOMS[room]: ROOMS[target] for room, target in enumerate(doors)},
-        "shows": {ROOMS[room]: DIGITS[digit] for room, digit in enumerate(digits)},
-    }
-    return _Board(tables, _png(_draw(rng, doors, digits)))
+    doors = (np.arange(len(ROOMS)) + rng.integers(1, len(ROOMS), size=len(ROOMS))) % len(ROOMS)
+    return _Board({room: ROOMS[target] for room, target in zip(ROOMS, doors, strict=True)}, _png(_draw(doors)))
 
 
-def _draw(rng: np.random.Generator, doors: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """The board as uint8 [IMAGE_SIZE, IMAGE_SIZE, 3]: ink and paper differ from picture to picture."""
-    paper = rng.integers(200, 256, size=3)
-    ink = rng.integers(0, 60, size=3)
-    marks = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
-    for room in range(4):
-        top, left = 2 * PATCH * (room // 2), 2 * PATCH * (room % 2)
-        marks[top : top + PATCH, left : left + PATCH] = _lamps(digits[room])
-        marks[top : top + PATCH, left + PATCH : left + 2 * PATCH] = _map(doors[room])
-    return np.where(marks[:, :, None], ink, paper).astype(np.uint8)
-
-
-def _lamps(digit: int) -> np.ndarray:
-    """Four lamps [PATCH, PATCH], lit where the digit has a one: bits 8 4 / 2 1."""
-    marks = np.zeros((PATCH, PATCH), bool)
-    for lamp in range(4):
-        top, left = 4 * (lamp // 2), 4 * (lamp % 2)
-        marks[top : top + 3, left : left + 3] = (digit >> (3 - lamp)) & 1
-    return marks
-
-
-def _map(target: int) -> np.ndarray:
-    """A map [PATCH, PATCH] of the board with the quarter of room `target` filled."""
-    marks = np.zeros((PATCH, PATCH), bool)
-    top, left = 4 * (target // 2), 4 * (target % 2)
-    marks[top : top + 3, left : left + 3] = True
-    return marks
+def _draw(doors: np.ndarray) -> np.ndarray:
+    """The board as uint8 [IMAGE_SIZE, IMAGE_SIZE, 3]: in each room, the quarter that its door leads to."""
+    pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    pixels[:] = PAPER
+    for room, target in enumerate(doors):
+        top = ROOM_SIZE * (room // 2) + 1 + 7 * (target // 2)
+        left = ROOM_SIZE * (room % 2) + 1 + 7 * (target % 2)
+        pixels[top : top + QUARTER, left : left + QUARTER] = INK
+    return pixels
 
 
 def _png(pixels: np.ndarray) -> bytes:

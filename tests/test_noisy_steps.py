@@ -1,0 +1,174 @@
+"""The embedded benchmark: reproducible, labelled by the picture, and not answerable from the text."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS
+from dreamprm_jax.data.noisy_steps import ROOMS, Sizes, make
+from dreamprm_jax.data.tokens import encode, wrap
+from dreamprm_jax.errors import InputError
+
+SMALL = Sizes(
+    pretrain=60,
+    cold_start=20,
+    clean=100,
+    flipped=100,
+    always_plus=100,
+    trivial=20,
+    meta_questions=20,
+    test_questions=150,
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return make(7, SMALL)
+
+
+def read_doors(png: bytes) -> dict[str, str]:
+    """The doors as the picture shows them: the darkest quarter of each room."""
+    grey = np.asarray(Image.open(io.BytesIO(png)).convert("L"), float)
+    quarters = grey.reshape(2, 2, 7, 2, 2, 7).mean((2, 5))  # [row, quarter row, column, quarter column]
+    doors = quarters.transpose(0, 2, 1, 3).reshape(4, 4).argmin(1)
+    return {room: ROOMS[door] for room, door in zip(ROOMS, doors, strict=True)}
+
+
+def steps_of(example) -> list[str]:
+    return [turn.text.split()[-1] for turn in example.turns if turn.role == HUMAN]
+
+
+def labels_of(example) -> tuple[str, ...]:
+    return tuple(turn.text for turn in example.turns if turn.role == GPT)
+
+
+def truth_from_picture(example) -> tuple[str, ...]:
+    doors, right, labels = read_doors(example.images[0]), True, []
+    for step in steps_of(example):
+        room, target = step.split(">")
+        right = right and doors[room] == target
+        labels.append(PLUS if right else MINUS)
+    return tuple(labels)
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes():
+    assert repr(make(3, SMALL)) == repr(make(3, SMALL))
+    assert repr(make(3, SMALL)) != repr(make(4, SMALL))
+
+
+def test_bytes_are_those_of_every_machine():
+    """A change here changes every published figure of the benchmark: say so in the changelog."""
+    digest = hashlib.sha256(repr(make(0, SMALL)).encode()).hexdigest()
+    assert digest == "01d68a0dda79b2861b34382b21a82c1c7ebb5895de233b110ad484aa8e7668c8"
+
+
+def test_size_of_one_split_leaves_the_others_alone(splits):
+    other = make(7, SMALL._replace(clean=5, pretrain=3))
+    assert other.test == splits.test and other.meta == splits.meta and other.cold_start == splits.cold_start
+
+
+def test_rows_count_from_zero_in_every_split(splits):
+    test = [example for question in splits.test for example in question.examples]
+    for rows in (splits.pretrain, splits.cold_start, splits.train, splits.meta, test):
+        assert [example.row for example in rows] == list(range(len(rows)))
+
+
+def test_corrupted_means_that_a_label_differs_from_the_picture(splits):
+    rows = [example for example in splits.train if example.dataset != "trivial"]
+    assert len(rows) == 300
+    for example in rows:
+        assert example.corrupted == (labels_of(example) != truth_from_picture(example)), example.place
+
+
+def test_sources(splits):
+    by_source = {name: [e for e in splits.train if e.dataset == name] for name in noisy_steps.SOURCES}
+    assert [len(rows) for rows in by_source.values()] == [100, 100, 100, 20]
+    assert not any(example.corrupted for example in by_source["clean"] + by_source["trivial"])
+    assert 0.65 < np.mean([example.corrupted for example in by_source["flipped"]]) < 0.95  # flip_rate 0.8
+    assert all(MINUS not in labels_of(example) for example in by_source["always_plus"])
+    assert all(example.corrupted == (MINUS in truth_from_picture(example)) for example in by_source["always_plus"])
+
+
+def test_flip_rate_zero_is_clean():
+    assert not any(e.corrupted for e in make(1, SMALL._replace(flip_rate=0.0)).train if e.dataset == "flipped")
+
+
+def test_candidates_are_judged_by_the_picture(splits):
+    for question in splits.test:
+        assert len({example.images[0] for example in question.examples}) == 1
+        for example, answer, correct, truth in zip(*question, strict=True):
+            assert truth == truth_from_picture(example)
+            assert correct == (MINUS not in truth) == example.true_false
+            assert labels_of(example) == (PLUS, PLUS)  # the history that a selector sees
+            assert answer.split() == [step.split(">")[1] for step in steps_of(example)]
+
+
+def test_wrong_chains_have_wrong_answers(splits):
+    for question in splits.test:
+        right = {a for a, c in zip(question.answers, question.correct, strict=True) if c}
+        wrong = {a for a, c in zip(question.answers, question.correct, strict=True) if not c}
+        assert len(right) <= 1 and not right & wrong
+
+
+def test_meta_has_outcomes_only(splits):
+    assert len(splits.meta) == 80
+    assert all(example.corrupted is None and MINUS not in labels_of(example) for example in splits.meta)
+    assert 0 < np.mean([example.true_false for example in splits.meta]) < 0.7
+
+
+def test_candidates_are_of_mixed_quality(splits):
+    correct = np.array([question.correct for question in splits.test])
+    assert 0.25 < correct.mean() < 0.45
+    assert correct.any(1).mean() > 0.85
+
+
+def test_text_alone_does_not_give_the_verdict():
+    """The best guess from a chain's text, learnt on half of the chains, tried on the rest."""
+    rows = make(11, SMALL._replace(clean=4000, flipped=0, always_plus=0, trivial=0)).train
+    text = np.array([ROOMS.index(s.split(">")[i]) for e in rows for s in steps_of(e) for i in (0, 1)])
+    code = text.reshape(len(rows), 4) @ np.array([64, 16, 4, 1])
+    first = np.array([labels_of(example)[0] == PLUS for example in rows])
+    half = len(rows) // 2
+    plus, seen = np.bincount(code[:half], first[:half], 256), np.bincount(code[:half], minlength=256)
+    guess = (plus + 1) / (seen + 2) > 0.5
+    larger_class = max(first[half:].mean(), 1 - first[half:].mean())
+    assert np.mean(guess[code[half:]] == first[half:]) < larger_class + 0.03
+
+
+def test_pretraining_is_true_and_never_says_plus_or_minus(splits):
+    for example in splits.pretrain:
+        doors = read_doors(example.images[0])
+        for question, answer in zip(steps_of(example), labels_of(example), strict=True):
+            room, claim = question.replace("<image>", "").split(">")
+            expected = ("yes" if doors[room] == claim else "no") if claim else doors[room]
+            assert answer == expected, example.place
+
+
+def test_pretraining_boards_are_its_own(splits):
+    ids = {example.id for example in splits.pretrain}
+    assert not ids & {example.id for example in splits.train}
+
+
+def test_every_row_encodes(splits):
+    tokenizer = wrap(noisy_steps.tokenizer())
+    test = [example for question in splits.test for example in question.examples]
+    for example in [*splits.pretrain, *splits.cold_start, *splits.train, *splits.meta, *test]:
+        encoded = encode(tokenizer, example, [1], 1)
+        assert len(encoded.tokens) <= 16 and len(encoded.labels) == 2
+        assert encoded.image_mask.sum() == 1
+    assert set(encoded.labels) <= {tokenizer.plus_id, tokenizer.minus_id}
+
+
+def test_unknown_words_do_not_become_tokens():
+    with pytest.raises(Exception, match="UNK"):
+        noisy_steps.tokenizer().encode("somewhere")
+
+
+@pytest.mark.parametrize(("field", "value"), [("flip_rate", 1.5), ("clean", -1), ("pretrain_turns", 5)])
+def test_impossible_sizes_name_the_field(field, value):
+    with pytest.raises(InputError, match=field):
+        make(0, SMALL._replace(**{field: value}))
