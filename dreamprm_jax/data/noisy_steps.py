@@ -7,9 +7,10 @@ a wrong "NW>NW" would be followed by the true "NW>SE": a contradiction that need
 
     "enter:NW"      NW>SE / SE>SW      answer "SE SW"
 
-A wrong step claims another room, each alike, so the text alone says nothing about right or wrong; the steps
-after it are true look-ups from the wrong place, and the answer, which is the way, is wrong. A step is labelled
-"+" while the solution is right up to and including it (as in VisualPRM), so all steps after the first error are "-".
+A wrong step claims another room, each alike, so the text alone says nothing about right or wrong. A chain that has
+gone wrong stays wrong: all its later steps are false as well. (Were they true look-ups from the wrong place, then
+behind an all-"+" history they would look right, while the outcome asks for "-": flipped labels would serve the meta
+loss.) A step is labelled "+" while the solution is right up to and including it, as in VisualPRM.
 
 Training sources: `clean` has true labels; in `flipped` a share of the chains has the opposite verdict (a right chain
 is given a first error at a random step, a wrong one is all "+"); `always_plus` says "+" to everything; `trivial`
@@ -129,11 +130,6 @@ class _Chain(NamedTuple):
     answer: str
 
 
-class _Error(NamedTuple):
-    step: int
-    value: str
-
-
 def make(seed: int, sizes: Sizes = DEFAULT_SIZES) -> Splits:
     """Make all splits from `seed`, the same bytes on every machine.
 
@@ -241,23 +237,38 @@ def _task(rng: np.random.Generator) -> _Task:
     return _Task(_board(rng), _choice(rng, ROOMS))
 
 
-def _solve(task: _Task, error: _Error | None) -> _Chain:
-    """Go through the doors; at `error.step` claim `error.value` and go on from there."""
-    here, steps, labels, way = task.start, [], [], []
-    for index in range(NUM_STEPS):
-        target = error.value if error is not None and error.step == index else task.board.doors[here]
-        steps.append(f"{here}>{target}")
-        labels.append(PLUS if error is None or index < error.step else MINUS)
-        way.append(target)
-        here = target
-    return _Chain(tuple(steps), tuple(labels), " ".join(way))
+def _solve(task: _Task) -> _Chain:
+    """Go through the doors as the picture shows them."""
+    targets, here = [], task.start
+    for _ in range(NUM_STEPS):
+        here = task.board.doors[here]
+        targets.append(here)
+    return _chain(task, targets, NUM_STEPS)
 
 
-def _error(rng: np.random.Generator, task: _Task, early_rate: float) -> _Error:
-    """A mistake on the right path: mostly at the first door, any other room alike."""
-    step = 0 if rng.random() < early_rate else 1 + int(rng.integers(NUM_STEPS - 1))
-    here, target = _solve(task, None).steps[step].split(">")
-    return _Error(step, _other(rng, here, target))
+def _err(rng: np.random.Generator, task: _Task, num_right: int) -> _Chain:
+    """`num_right` right steps, then wrong ones: any door that is not so, all alike."""
+    targets, here = [], task.start
+    for step in range(NUM_STEPS):
+        door = task.board.doors[here]
+        here = door if step < num_right else _other(rng, here, door)
+        targets.append(here)
+    return _chain(task, targets, num_right)
+
+
+def _chain(task: _Task, targets: list[str], num_right: int) -> _Chain:
+    rooms = [task.start, *targets[:-1]]
+    steps = tuple(f"{room}>{target}" for room, target in zip(rooms, targets, strict=True))
+    return _Chain(steps, _verdict(num_right), " ".join(targets))
+
+
+def _verdict(num_right: int) -> tuple[str, ...]:
+    return (PLUS,) * num_right + (MINUS,) * (NUM_STEPS - num_right)
+
+
+def _error_step(rng: np.random.Generator, early_rate: float) -> int:
+    """Where a chain goes wrong: mostly at the first door."""
+    return 0 if rng.random() < early_rate else 1 + int(rng.integers(NUM_STEPS - 1))
 
 
 def _other(rng: np.random.Generator, room: str, target: str) -> str:
@@ -267,13 +278,12 @@ def _other(rng: np.random.Generator, room: str, target: str) -> str:
 
 def _labelled(rng: np.random.Generator, sizes: Sizes, flip_rate: float) -> tuple:
     task = _task(rng)
-    error = _error(rng, task, sizes.early_error_rate)
+    error_step = _error_step(rng, sizes.early_error_rate)
     flip, right = rng.random() < flip_rate, rng.random() < sizes.right_rate
-    chain = _solve(task, None if right else error)
+    chain = _solve(task) if right else _err(rng, task, error_step)
     if not flip:
         return task, chain, chain.labels
-    num_right = error.step if right else len(chain.steps)
-    return task, chain, (PLUS,) * num_right + (MINUS,) * (len(chain.steps) - num_right)
+    return task, chain, _verdict(error_step if right else NUM_STEPS)
 
 
 def _always_plus(rng: np.random.Generator, sizes: Sizes) -> tuple:
@@ -289,13 +299,13 @@ def _trivial(rng: np.random.Generator) -> tuple:
 
 def _question(rng: np.random.Generator, sizes: Sizes, split: str, number: int, num_candidates: int) -> Question:
     task = _task(rng)
-    typical = _error(rng, task, sizes.early_error_rate)
+    typical = _err(rng, task, _error_step(rng, sizes.early_error_rate))
     wrong_rate = _difficulty(rng)
     chains = []
     for _ in range(num_candidates):
-        other = _error(rng, task, sizes.early_error_rate)
-        error = typical if rng.random() < sizes.common_error_rate else other
-        chains.append(_solve(task, error if rng.random() < wrong_rate else None))
+        other = _err(rng, task, _error_step(rng, sizes.early_error_rate))
+        wrong = typical if rng.random() < sizes.common_error_rate else other
+        chains.append(wrong if rng.random() < wrong_rate else _solve(task))
     examples, correct = [], []
     for index, chain in enumerate(chains):
         row = number * num_candidates + index
