@@ -66,7 +66,7 @@ def get_config() -> config_dict.ConfigDict:
     cfg.weighting.init = config_dict.placeholder(str)  # safetensors file with initial meta_params
 
     cfg.outer = config_dict.ConfigDict()
-    cfg.outer.optimizer = "per_entry"  # per_entry (Adam by each entry's own history) | adamw (dense)
+    cfg.outer.optimizer = "per_entry"  # per_entry (RMSprop by each entry's own history) | adamw (dense)
     cfg.outer.lr = 5e-3  # peak of the warmed-up cosine
     cfg.outer.weight_decay = 1e-3  # per_entry: towards 1; adamw: towards 0, as in the paper
     cfg.outer.clip_norm = config_dict.placeholder(float)  # of the meta-gradient over the inner rate; None: no clip
@@ -129,13 +129,15 @@ def embedded_scale(cfg: config_dict.ConfigDict, recipe: str) -> None:
     """noisy_steps on a tiny InternVL: two CPU cores, minutes, nothing downloaded."""
     cfg.recipe = recipe
     cfg.images.max_tiles = 1
-    cfg.cold_start.num_steps = 400
+    cfg.cold_start.num_steps = 1000
     cfg.cold_start.batch_size = 64
-    cfg.cold_start.lr = 2e-3
+    cfg.cold_start.lr = 4e-3
     cfg.cold_start.weight_decay = 0.01
-    cfg.num_steps = 400
+    cfg.num_steps = 800
     cfg.batch_size = 64
     cfg.meta_batch_size = 128
+    cfg.aggregate = "product"  # a chain is right when every step is
+    cfg.meta_target = "plus"
     cfg.inner.lr = 2e-4
     cfg.outer.lr = 0.2
     cfg.outer.weight_decay = 0.0

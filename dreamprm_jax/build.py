@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,13 @@ class Levels(NamedTuple):
     meta_rate: optimizers.Schedule
     cold_tx: optax.GradientTransformation
     cold_rate: optimizers.Schedule
+
+
+def record(cfg: Any) -> dict[str, Any]:
+    """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names."""
+    paths = (cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init, cfg.input.path)
+    data = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path is not None}
+    return {"config": cfg.to_dict(), "data": data}
 
 
 def image_spec(cfg: Any, config: presets.InternVLConfig) -> batches.ImageSpec:
@@ -111,7 +119,7 @@ def levels(cfg: Any) -> Levels:
     cold_rate = optimizers.warmup_cosine(cfg.cold_start.lr, cfg.cold_start.num_steps)
     inner = partial(optimizers.adamw, clip_norm=cfg.inner.clip_norm)
     if cfg.outer.optimizer == "per_entry":
-        outer = optimizers.per_entry_adam(meta_rate, weight_decay=cfg.outer.weight_decay)
+        outer = optimizers.per_entry_rmsprop(meta_rate, weight_decay=cfg.outer.weight_decay)
     else:
         outer = optax.adamw(meta_rate, weight_decay=cfg.outer.weight_decay)
     clip = optax.clip_by_global_norm(cfg.outer.clip_norm) if cfg.outer.clip_norm is not None else optax.identity()

@@ -142,12 +142,14 @@ def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:
     return config, restored["arrays"]["train"]["params"]
 
 
-def claim_workdir(workdir: Path, record: dict[str, Any]) -> None:
+def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True) -> None:
     """Makes `workdir` this run's own, or checks that it already is: config.json holds `record`.
 
     Args:
       workdir: created where it does not exist.
       record: the config, and a fingerprint of each data file.
+      resumes: False for a task that keeps nothing to go on from; it may follow itself with another config,
+        and only a workdir of another task is refused.
 
     Raises:
       InputError: the workdir belongs to a run with another config or other data; names the first difference.
@@ -155,10 +157,11 @@ def claim_workdir(workdir: Path, record: dict[str, Any]) -> None:
     path = workdir / "config.json"
     record = json.loads(json.dumps(record))
     if path.is_file():
-        difference = _first_difference(json.loads(path.read_text(encoding="utf-8")), record)
+        old = json.loads(path.read_text(encoding="utf-8"))
+        new = record if resumes else {**old, "config": {**old["config"], "task": record["config"]["task"]}}
+        difference = _first_difference(old, new)
         if difference:
             raise InputError(f"{path}: {difference}; give another --workdir, or remove this one to start over")
-        return
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=2))
 

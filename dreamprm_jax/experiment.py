@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -25,12 +24,6 @@ from dreamprm_jax.train import Cadence, Phase, run_phase
 from dreamprm_jax.weighting import Weighting
 
 
-def fingerprints(cfg: Any) -> dict[str, str]:
-    """sha256 of every data file that the config names."""
-    paths = (cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init)
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path is not None}
-
-
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     """`task=train`: runs, resumes, or reports a finished run; returns the summary.
 
@@ -41,7 +34,7 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     """
     model = load_model(cfg.model, cfg.seed)
     data = build.training_data(cfg, model)
-    claim_workdir(workdir, {"config": cfg.to_dict(), "data": fingerprints(cfg)})
+    claim_workdir(workdir, build.record(cfg))
     summary_path = workdir / "summary.json"
     if summary_path.is_file():
         print(f"{workdir} is finished; its summary:")

@@ -87,53 +87,43 @@ def adamw(
     )
 
 
-class PerEntryAdamState(NamedTuple):
+class PerEntryState(NamedTuple):
     count: Any  # int32, shaped like the table: how often each entry has had a gradient
-    mu: Any
-    nu: Any
+    nu: Any  # second moments, shaped like the table
 
 
-def per_entry_adam(
-    learning_rate: Schedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-    centre: float = 1.0,
+def per_entry_rmsprop(
+    learning_rate: Schedule, *, decay: float = 0.999, weight_decay: float = 0.0, centre: float = 1.0
 ) -> optax.GradientTransformation:
-    """Adam for a sparse table: an entry's moments and its bias correction count its own gradients only.
+    """RMSprop for a sparse table: an entry's second moment and its bias correction count its own gradients only.
 
     Dense Adam moves an untouched entry for about ten more steps on its old momentum and gives a rarely
     touched one a step many times the learning rate. Here an entry without a gradient stays where it is,
     bit for bit. There is no epsilon, so the path does not depend on the gradient's scale: the exact
     meta-gradient carries the inner learning rate and would sink below any fixed epsilon.
 
+    There is no momentum either: an entry is drawn once an epoch, so the usual ten gradients of memory would be
+    ten epochs old, and the model that they spoke of is gone (docs/bilevel.md has the measurement).
+
     Decay pulls touched entries towards `centre`, the initial weight, not towards 0.
     """
 
-    def init(params: Any) -> PerEntryAdamState:
+    def init(params: Any) -> PerEntryState:
         count = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params)
-        mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
-        return PerEntryAdamState(count, mu, nu)
+        return PerEntryState(count, jax.tree.map(jnp.zeros_like, params))
 
-    def update_entry(grad: jax.Array, count: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, ...]:
+    def update_entry(grad: jax.Array, param: jax.Array, count: jax.Array, nu: jax.Array) -> tuple[jax.Array, ...]:
         touched = grad != 0
         count = count + touched
-        mu = jnp.where(touched, b1 * mu + (1 - b1) * grad, mu)
-        nu = jnp.where(touched, b2 * nu + (1 - b2) * jnp.square(grad), nu)
-        seen = jnp.maximum(count, 1).astype(jnp.float32)
-        ratio = (mu / (1 - b1**seen)) / jnp.sqrt(jnp.where(nu > 0, nu / (1 - b2**seen), 1.0))
-        return jnp.where(touched, ratio, 0.0), count, mu, nu
+        nu = jnp.where(touched, decay * nu + (1 - decay) * jnp.square(grad), nu)
+        corrected = nu / (1 - decay ** jnp.maximum(count, 1).astype(jnp.float32))
+        direction = grad / jnp.sqrt(jnp.where(nu > 0, corrected, 1.0)) + weight_decay * (param - centre)
+        return jnp.where(touched, direction, 0.0), count, nu
 
-    def update(grads: Any, state: PerEntryAdamState, params: Any) -> tuple[Any, PerEntryAdamState]:
-        results = jax.tree.map(update_entry, grads, state.count, state.mu, state.nu)
-        direction, count, mu, nu = jax.tree.transpose(
-            jax.tree.structure(grads), jax.tree.structure((0, 0, 0, 0)), results
-        )
-        direction = jax.tree.map(
-            lambda d, g, p: d + jnp.where(g != 0, weight_decay * (p - centre), 0.0), direction, grads, params
-        )
-        return direction, PerEntryAdamState(count, mu, nu)
+    def update(grads: Any, state: PerEntryState, params: Any) -> tuple[Any, PerEntryState]:
+        results = jax.tree.map(update_entry, grads, params, state.count, state.nu)
+        direction, count, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), results)
+        return direction, PerEntryState(count, nu)
 
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dreamprm_jax import build, losses
-from dreamprm_jax.checkpoint import Model, load_model
+from dreamprm_jax.checkpoint import Model, claim_workdir, load_model
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.example import GPT, PLUS, Encoded, Example
-from dreamprm_jax.metrics import write_json_lines
+from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
 from dreamprm_jax.models import internvl
 from dreamprm_jax.types import Batch, PyTree
 
@@ -76,6 +77,8 @@ def score_line(example: Example, encoded: Encoded, scores: ChainScores) -> dict[
 def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     """`task=score`: reads and checks all rows, scores them, writes one JSON line per chain.
 
+    The workdir gets config.json and metrics.jsonl, and the scores where `output` names no other place.
+
     Raises:
       InputError: before anything is compiled, the first row that cannot be scored.
     """
@@ -86,13 +89,14 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     dataset = batches.encode_all(
         examples, model.tokenizer, build.image_spec(cfg, model.config), model.config.language.max_positions
     )
+    claim_workdir(workdir, build.record(cfg), resumes=False)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate)
     lines = [score_line(*row) for row in zip(dataset.examples, dataset.encoded, scores, strict=True)]
     write_json_lines(output, lines)
-    return {
-        "output": str(output),
-        "num_chains": len(lines),
-        "mean_score": float(np.mean([s.response for s in scores])),
-    }
+    result = {"num_chains": len(lines), "mean_score": float(np.mean([s.response for s in scores]))}
+    rate = {"chains_per_second": len(lines) / (time.perf_counter() - began)}
+    write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "score", **result, **rate}])
+    return {"output": str(output), **result}

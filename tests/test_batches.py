@@ -15,7 +15,7 @@ from dreamprm_jax.errors import InputError
 
 TOKENIZER = wrap(noisy_steps.tokenizer())
 SPEC = batches.ImageSpec(max_tiles=2, tile_size=28, tokens_per_tile=4)
-ROWS = noisy_steps.make(0, noisy_steps.Sizes(test_questions=1, meta_questions=3, cold_start=1, pretrain=1))
+ROWS = noisy_steps.make(0, noisy_steps.Sizes(test_questions=1, meta_questions=20, cold_start=1, pretrain=1))
 
 
 def png(width, height, value):

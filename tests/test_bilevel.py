@@ -38,7 +38,7 @@ def float64():
 
 
 def test_the_first_inner_step_uses_the_initial_weights_and_the_table_then_moves():
-    path = run(optimizers.per_entry_adam(lambda count: 0.1))
+    path = run(optimizers.per_entry_rmsprop(lambda count: 0.1))
     np.testing.assert_array_equal(path[0][1]["instance_weights"], [1.0, 1.0])
     assert np.any(path[0][0].meta_params["table"] != 1.0)
     assert path[-1][0].meta_params["table"][5] == 1.0  # never drawn
@@ -59,7 +59,7 @@ def test_a_weight_on_its_bound_can_come_back():
 
 
 def test_the_path_of_the_table_does_not_depend_on_the_scale_of_the_meta_gradient():
-    tx = optimizers.per_entry_adam(lambda count: 0.1, weight_decay=0.01)
+    tx = optimizers.per_entry_rmsprop(lambda count: 0.1, weight_decay=0.01)
     tables = [run(tx, scale=scale)[-1][0].meta_params["table"] for scale in (1.0, 1e-4)]
     np.testing.assert_allclose(*tables, rtol=1e-12)
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dreamprm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
+ENTRY = [ROOT / "run.py", *sorted((ROOT / "configs").glob("*.py"))]
 
 # Rooms of one line do not know each other unless the line says so; a room may import from the lines above it.
 ORDER = [
@@ -35,12 +37,25 @@ def room_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(file: Path, top_level_only: bool = False) -> set[str]:
+def for_type_checkers_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def statements(node: ast.AST, on_import_only: bool):
+    """All nodes below; `on_import_only` leaves out the bodies of functions, which importing does not run."""
+    for child in ast.iter_child_nodes(node):
+        if for_type_checkers_only(child):
+            continue
+        if on_import_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from statements(child, on_import_only)
+
+
+def imports(file: Path, on_import_only: bool = False) -> set[str]:
     """Modules that a file imports, dotted; `from dreamprm_jax import x` counts as dreamprm_jax.x."""
-    tree = ast.parse(file.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
     found = set()
-    for node in nodes:
+    for node in statements(ast.parse(file.read_text()), on_import_only):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -60,6 +75,13 @@ def test_a_room_knows_only_the_rooms_before_it(file):
     assert room in LEVEL, f"{file}: a new room needs its place in ORDER, here and in docs/architecture.md"
     late = {used for used in rooms_used(file) if used != room and LEVEL[used] >= LEVEL[room]}
     assert not late, f"{file} imports {late}, which come after {room}"
+    assert not {name.split(".")[0] for name in imports(file)} & {"run", "configs", "tests"}, file
+
+
+def test_every_room_is_described():
+    described = (ROOT / "docs" / "architecture.md").read_text()
+    missing = [room for room in LEVEL if f"`{room}`" not in described and f"`{room}/`" not in described]
+    assert not missing
 
 
 @pytest.mark.parametrize("room", ["losses", "weighting", "optimizers", "hypergradient", "bilevel"])
@@ -71,8 +93,7 @@ def test_data_workers_never_import_jax_and_flax_stays_in_models():
     for file in FILES:
         tops = {name.split(".")[0] for name in imports(file)}
         if room_of(file) in ("data", "types", "errors"):
-            at_run_time = {name.split(".")[0] for name in imports(file, top_level_only=True)}
-            assert not at_run_time & {"jax", "flax", "optax"}, file
+            assert not tops & {"jax", "flax", "optax"}, file
         if room_of(file) != "models":
             assert "flax" not in tops, file
 
@@ -87,7 +108,7 @@ def test_the_core_runs_on_a_bare_accelerator_machine():
     for file in FILES:
         if room_of(file) not in BARE:
             continue
-        for name in imports(file, top_level_only=True):
+        for name in imports(file, on_import_only=True):
             top = name.split(".")[0]
             if top == "dreamprm_jax":
                 assert name.split(".")[1] in BARE, f"{file} imports {name}"
@@ -95,7 +116,47 @@ def test_the_core_runs_on_a_bare_accelerator_machine():
                 assert top in BARE_LIBRARIES | sys.stdlib_module_names, f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("file", [*FILES, ROOT / "run.py"], ids=lambda file: file.name)
+# flax loads orbax, msgpack and more on its own account: what counts is who asks, so __import__ looks at the importer.
+GUARD = """
+import builtins, importlib, pkgutil, sys
+bare, allowed = set(sys.argv[1].split()), set(sys.argv[2].split()) | set(sys.stdlib_module_names)
+original = builtins.__import__
+def guarded(name, namespace=None, local=None, fromlist=(), level=0):
+    importer = (namespace or {}).get("__name__", "")
+    if importer.startswith("dreamprm_jax") and level == 0 and name.split(".")[0] not in allowed | {"dreamprm_jax"}:
+        raise ImportError(f"{importer} imports {name}: a bare accelerator machine has {sorted(bare)} alone")
+    return original(name, namespace, local, fromlist, level)
+builtins.__import__ = guarded
+for room in sorted(bare):
+    module = importlib.import_module(f"dreamprm_jax.{room}")
+    for inner in pkgutil.iter_modules(getattr(module, "__path__", []), module.__name__ + "."):
+        importlib.import_module(inner.name)
+others = {name.split(".")[1] for name in sys.modules if name.startswith("dreamprm_jax.")} - bare
+sys.exit(f"the core loads {others}" if others else 0)
+"""
+
+
+def guard(bare: set[str], allowed: set[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", GUARD, " ".join(bare), " ".join(allowed)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_core_is_imported_where_nothing_else_may_be():
+    done = guard(set(BARE), BARE_LIBRARIES)
+    assert done.returncode == 0, done.stderr
+    assert "imports optax" in guard(set(BARE), BARE_LIBRARIES - {"optax"}).stderr, "the guard lets everything pass"
+
+
+def test_every_library_is_pinned():
+    pins = (ROOT / "requirements.txt").read_text().lower().replace("_", "-")
+    distributions = metadata.packages_distributions()
+    used = {name.split(".")[0] for file in [*FILES, *ENTRY] for name in imports(file)}
+    for top in used - sys.stdlib_module_names - {"dreamprm_jax", "configs", "run"}:
+        names = {name.lower().replace("_", "-") for name in distributions[top]}
+        assert any(f"\n{name}==" in pins for name in names), f"{top} is imported, but not in requirements.txt"
+
+
+@pytest.mark.parametrize("file", [*FILES, *ENTRY], ids=lambda file: str(file.relative_to(ROOT)))
 def test_house_rules(file):
     text = file.read_text()
     tree = ast.parse(text)
@@ -104,7 +165,9 @@ def test_house_rules(file):
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "raise an exception that says more"
     names = {name.split(".")[0] for name in imports(file)}
     assert not names & {"pickle", "dill", "cloudpickle", "torch"}
+    assert "importlib" not in names, "an import that this file cannot see"
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree)), "import by full name"
     assert "trust_remote_code" not in text
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "get_config":  # a list of fields
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"

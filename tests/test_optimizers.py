@@ -65,7 +65,7 @@ def test_decay_touches_matrices_and_embeddings_only():
 
 
 def table_path(grads, **kwargs):
-    tx = optimizers.per_entry_adam(lambda count: 0.1, **kwargs)
+    tx = optimizers.per_entry_rmsprop(lambda count: 0.1, **kwargs)
     table, state = jnp.ones(len(grads[0])), tx.init(jnp.ones(len(grads[0])))
     path = []
     for grad in grads:

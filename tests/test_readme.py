@@ -1,5 +1,6 @@
 """README is a promise: its commands run, its files exist, its fields are fields."""
 
+import importlib
 import json
 import re
 import shlex
@@ -41,6 +42,23 @@ def test_every_file_and_field_that_readme_names_exists():
     fields = run.field_names(base.get_config())
     for name in re.findall(r"--config\.([\w.]+)=", README):
         assert name in fields or name == "FIELD", name
+
+
+def test_every_command_is_one_of_ours_and_its_config_builds():
+    for command in filter(None, COMMANDS):
+        assert command.startswith(("python -m venv .venv && .venv/bin/pip install -r ", "python run.py --config=")), (
+            command
+        )
+        for flag in re.findall(r"(--[\w.]+)=", command):
+            assert flag in ("--config", "--workdir") or flag.startswith("--config."), flag
+        for name, arguments in re.findall(r"--config=configs/(\w+)\.py(?::(\S+))?", command):
+            base.validate(importlib.import_module(f"configs.{name}").get_config(arguments))
+
+
+def test_the_papers_scale_on_a_cpu_says_so_loudly():
+    cfg = importlib.import_module("configs.table").get_config("internvl3_1b")
+    with pytest.warns(UserWarning, match="NO ACCELERATOR FOUND"):
+        run.log_machine(cfg)
 
 
 def test_requirements_are_pinned_exactly():

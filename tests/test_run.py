@@ -123,6 +123,21 @@ def test_a_good_file_is_scored_in_order(checkpoint, tmp_path, rows):
     assert [line["true_false"] for line in lines] == [True, True, False]
 
 
+def test_scoring_leaves_its_record_and_stays_out_of_a_training_run(checkpoint, tmp_path, rows):
+    work = tmp_path / "work"
+    scores_of(checkpoint, tmp_path, rows)
+    (line,) = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    assert line["phase"] == "score" and line["num_chains"] == 3
+    scores_of(checkpoint, tmp_path, rows[:2], "given")  # another input, the same workdir: nothing to mix up
+    record = json.loads((work / "config.json").read_text())
+    assert record["config"]["score"]["history"] == "given"
+    assert list(record["data"]) == [str(tmp_path / "rows.json")]
+    record["config"]["task"] = "train"
+    (work / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="begun with config.task=train, now config.task=score"):
+        scores_of(checkpoint, tmp_path, rows)
+
+
 def test_history_is_plus_unless_the_file_is_asked_for(checkpoint, tmp_path, rows):
     rows = [{**rows[0], "conversations": conversation(label, "+")} for label in "+-"]
     lines = {history: scores_of(checkpoint, tmp_path, rows, history) for history in ("plus", "given")}

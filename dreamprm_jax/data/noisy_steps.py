@@ -66,23 +66,26 @@ class Sizes(NamedTuple):
     """Sizes and corruption rates. Changing one split leaves the others as they are, byte for byte.
 
     A rate is a probability per chain. `right_rate` is the share of right chains in the training sources and the cold
-    start; meta and test candidates get theirs from each question's difficulty (see `_difficulty`).
+    start, `meta_right_rate` in the meta set; test candidates get theirs from each question's difficulty (see
+    `_difficulty`). Half of the meta chains are right by default: where most are wrong, lowering every score lowers
+    the meta loss, and the weights learn which label a row has instead of whether it is true (docs/bilevel.md).
     """
 
-    pretrain: int = 4000  # dialogues of `pretrain_turns` look-ups each
+    pretrain: int = 8000  # dialogues of `pretrain_turns` look-ups each
     pretrain_turns: int = 2
     pretrain_check_rate: float = 0.5  # share of the turns that ask whether a door is so, not where it leads
-    cold_start: int = 200  # chains with step labels
+    cold_start: int = 500  # chains with step labels
     cold_start_flip_rate: float = 0.0  # share of cold-start chains with the opposite verdict
-    clean: int = 600  # training chains per source
-    flipped: int = 700
-    always_plus: int = 500
-    trivial: int = 200
+    clean: int = 800  # training chains per source
+    flipped: int = 900
+    always_plus: int = 200
+    trivial: int = 100
     flip_rate: float = 0.8  # share of the chains of `flipped` with the opposite verdict
-    right_rate: float = 0.5
+    right_rate: float = 0.42
     early_error_rate: float = 0.8  # a wrong chain's first error is at step 0; else uniform over the later steps
     meta_questions: int = 50
     meta_candidates: int = 4  # chains per meta question
+    meta_right_rate: float = 0.5  # share of right chains in the meta set
     test_questions: int = 500
     candidates: int = 8  # chains per test question
     common_error_rate: float = 0.2  # a wrong candidate makes the question's typical mistake
@@ -300,7 +303,7 @@ def _trivial(rng: np.random.Generator) -> tuple:
 def _question(rng: np.random.Generator, sizes: Sizes, split: str, number: int, num_candidates: int) -> Question:
     task = _task(rng)
     typical = _err(rng, task, _error_step(rng, sizes.early_error_rate))
-    wrong_rate = _difficulty(rng)
+    wrong_rate = _difficulty(rng) if split == "test" else 1.0 - sizes.meta_right_rate
     chains = []
     for _ in range(num_candidates):
         other = _err(rng, task, _error_step(rng, sizes.early_error_rate))
