@@ -154,6 +154,7 @@ def _at_least(minimum: float):
 
 CHECKS = {
     "task": _one_of("train", "score"),
+    "seed": _at_least(0),
     "model.param_dtype": _one_of("float32", "bfloat16"),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "model.remat": _one_of("none", "dots", "full"),

@@ -46,7 +46,10 @@ class Levels(NamedTuple):
 
 
 def record(cfg: Any) -> dict[str, Any]:
-    """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names."""
+    """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names.
+
+    The files have been read before; this only tells them from others of the same name.
+    """
     paths = (cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init, cfg.input.path)
     data = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path is not None}
     return {"config": cfg.to_dict(), "data": data}
@@ -81,7 +84,7 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         images=image_spec(cfg, model.config),
         context=model.config.language.max_positions,
     )
-    if cfg.train.path is None and cfg.model.checkpoint is None:
+    if cfg.train.path is None and cfg.meta.path is None and cfg.model.checkpoint is None:
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
         meta = batches.with_outcome_targets(encode(splits.meta), model.tokenizer)

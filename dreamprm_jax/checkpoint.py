@@ -152,7 +152,8 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
         and only a workdir of another task is refused.
 
     Raises:
-      InputError: the workdir belongs to a run with another config or other data; names the first difference.
+      InputError: the workdir belongs to a run with another config or other data (names the first difference), or
+        cannot be written.
     """
     path = workdir / "config.json"
     record = json.loads(json.dumps(record))
@@ -162,8 +163,11 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
         difference = _first_difference(old, new)
         if difference:
             raise InputError(f"{path}: {difference}; give another --workdir, or remove this one to start over")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=2))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=2))
+    except OSError as error:
+        raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
 
 
 def _first_difference(old: Any, new: Any, name: str = "") -> str | None:

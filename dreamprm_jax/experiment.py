@@ -34,14 +34,15 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     """
     model = load_model(cfg.model, cfg.seed)
     data = build.training_data(cfg, model)
+    weighting = build.instance_weighting(cfg, len(data.train))
+    run = phases(cfg, model, data, weighting)
     claim_workdir(workdir, build.record(cfg))
     summary_path = workdir / "summary.json"
     if summary_path.is_file():
         print(f"{workdir} is finished; its summary:")
         return json.loads(summary_path.read_text(encoding="utf-8"))
     save_model_card(workdir, model.config, model.tokenizer)
-    weighting = build.instance_weighting(cfg, len(data.train))
-    snapshot = train(cfg, workdir, model, data, weighting)
+    snapshot = train(cfg, workdir, model, run, weighting)
     model = model._replace(params=snapshot.state.train.params)
     return finish(cfg, workdir, model, data, snapshot)
 
@@ -72,7 +73,7 @@ def _unit_weights(meta_params: Any, batch: Any, outputs: Any) -> float:
     return 1.0
 
 
-def train(cfg: Any, workdir: Path, model: Model, data: build.TrainingData, weighting: Weighting) -> Snapshot:
+def train(cfg: Any, workdir: Path, model: Model, run: list[tuple[Phase, Any]], weighting: Weighting) -> Snapshot:
     """Runs all phases, from the newest checkpoint where there is one.
 
     1. No checkpoint: start the first phase.
@@ -81,7 +82,6 @@ def train(cfg: Any, workdir: Path, model: Model, data: build.TrainingData, weigh
     """
     levels = build.levels(cfg)
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params)
-    run = phases(cfg, model, data, weighting)
     with closing(Checkpoints(workdir, cfg.checkpoints_to_keep)) as checkpoints:
         fresh = Snapshot(state, {"phase": None, "seconds": 0.0})
         snapshot = checkpoints.restore_latest(fresh) or fresh

@@ -6,6 +6,7 @@ import base64
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,25 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def curves(rows: Sequence[dict]) -> Figure:
-    """Training and meta loss by step; faint: each step, strong: trailing mean over 2% of the run."""
+    """Training and meta loss by step; faint: each step, strong: trailing mean over 2% of the run, phase by phase."""
     figure = Figure(figsize=(9, 3.5))
     axes = figure.subplots()
-    for name, colour in (("inner_loss", "tab:blue"), ("meta_loss", "tab:orange")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, colour, alpha=0.25, linewidth=0.7)
-            axes.plot(steps, smooth(values, max(1, len(rows) // 50)), colour, label=name)
-    starts = {row["phase"]: row["step"] for row in reversed(rows)}
-    for phase, step in starts.items():
-        axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(phase, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points")
+    window = max(1, len(rows) // 50)
+    for phase, phase_rows in groupby(rows, key=lambda row: row["phase"]):
+        phase_rows = list(phase_rows)
+        steps = [row["step"] for row in phase_rows]
+        axes.axvline(steps[0], color="grey", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            phase, (steps[0], 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
+        )
+        for name, colour in (("inner_loss", "tab:blue"), ("meta_loss", "tab:orange")):
+            if name in phase_rows[0]:
+                values = [row[name] for row in phase_rows]
+                axes.plot(steps, values, colour, alpha=0.25, linewidth=0.7)
+                axes.plot(steps, smooth(values, window), colour, label=name)
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend(loc="upper right")
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each curve once, not once a phase
+    axes.legend(named.values(), named.keys(), loc="upper right")
     return figure
 
 
@@ -88,10 +93,12 @@ def weight_histogram(groups: dict[str, list[float]]) -> Figure:
 
 
 def weight_groups(weights: Sequence[dict[str, Any]], domains: Sequence[str | None]) -> dict[str, list[float]]:
-    """The visited rows' weights by source, told apart by corruption where that is known."""
+    """The weights by source, told apart by corruption where that is known; rows that were never drawn are left out."""
     groups = defaultdict(list)
     for row, domain in zip(weights, domains, strict=True):
-        truth = {True: ", corrupted", False: ", clean"}.get(row.get("corrupted"), "")
+        if not row["visits"]:
+            continue
+        truth = ", corrupted" if row.get("corrupted") else ""
         groups[f"{domain or 'all rows'}{truth}"].append(row["weight"])
     return dict(groups)
 
@@ -119,8 +126,8 @@ def write_report(
     """
     plain = [(name, value) for name, value in summary.items() if not isinstance(value, dict)]
     tables = [_table("Summary", ("figure", "value"), plain)]
-    for name, values in summary.items():
-        if isinstance(value := values, dict):
+    for name, value in summary.items():
+        if isinstance(value, dict):
             tables.append(_table(name.replace("_", " "), ("figure", "value"), list(value.items())))
     figures = [
         {

@@ -14,6 +14,7 @@ from dreamprm_jax import build, losses
 from dreamprm_jax.checkpoint import Model, claim_workdir, load_model
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.example import GPT, PLUS, Encoded, Example
+from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
 from dreamprm_jax.models import internvl
 from dreamprm_jax.types import Batch, PyTree
@@ -80,7 +81,7 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     The workdir gets config.json and metrics.jsonl, and the scores where `output` names no other place.
 
     Raises:
-      InputError: before anything is compiled, the first row that cannot be scored.
+      InputError: before anything is compiled, the first row that cannot be scored, or an output that cannot be written.
     """
     examples = build.read_file(cfg.input, "input")
     if cfg.score.history == "plus":
@@ -91,7 +92,11 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     )
     claim_workdir(workdir, build.record(cfg), resumes=False)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()  # scores of hours must not be lost to a wrong path
+    except OSError as error:
+        raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
     began = time.perf_counter()
     scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate)
     lines = [score_line(*row) for row in zip(dataset.examples, dataset.encoded, scores, strict=True)]

@@ -11,6 +11,7 @@ from PIL import Image
 
 import run
 from configs import base, score
+from dreamprm_jax import scoring
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models import convert, internvl, presets
@@ -46,6 +47,7 @@ def refused(*arguments) -> str:
         ((TABLE, "--config.batchsize=1"), "the nearest is --config.batch_size"),
         ((TABLE, "--config.batch_size=many"), "--config.batch_size=many"),
         ((TABLE, "--config.batch_size=0"), "--config.batch_size=0: must be at least 1"),
+        ((TABLE, "--config.seed=-1"), "--config.seed=-1: must be at least 0"),
         ((TABLE, "--config.aggregate=median"), "--config.aggregate=median: must be one of mean"),
         ((TABLE, "--wrokdir=x"), "wrokdir"),
         ((TABLE, "stray"), "unexpected argument 'stray'"),
@@ -188,6 +190,16 @@ def test_missing_files(checkpoint, tmp_path, rows, flag, message):
     with pytest.raises(InputError) as error:
         run_scoring(cfg, tmp_path / "work")
     assert message in str(error.value)
+
+
+def test_an_output_that_cannot_be_written_costs_no_scores(checkpoint, tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(scoring, "score_dataset", lambda *a, **k: pytest.fail("scored for nothing"))
+    cfg = score_config(checkpoint, tmp_path, rows)
+    with pytest.raises(InputError, match="rows.json: cannot be written"):
+        run_scoring(cfg, tmp_path / "rows.json")
+    cfg.output = str(tmp_path)
+    with pytest.raises(InputError, match=r"--config.output=.*: cannot be written"):
+        run_scoring(cfg, tmp_path / "work")
 
 
 def test_a_row_error_reaches_the_command_line(checkpoint, tmp_path, rows):

@@ -130,6 +130,25 @@ def test_a_finished_run_answers_with_its_summary(finished, monkeypatch, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("field", "content", "message"),
+    [
+        ("train.order", "[24]", "entry 0: 24 is not a row number from 0 to 23"),
+        ("train.order", None, "cannot be read"),
+        ("weighting.init", None, "cannot be read as safetensors"),
+    ],
+)
+def test_a_bad_file_is_found_before_the_workdir_is_touched(tmp_path, field, content, message):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_text(content)
+    cfg = small_config()
+    cfg.update_from_flattened_dict({field: str(path)})
+    with pytest.raises(InputError, match=f"{path}.*{message}"):
+        run_training(cfg, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_another_config_in_the_same_workdir_is_refused(finished):
     cfg = small_config()
     cfg.inner.lr = 0.5
