@@ -152,13 +152,13 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
         and only a workdir of another task is refused.
 
     Raises:
-      InputError: the workdir belongs to a run with another config or other data (names the first difference), or
-        cannot be written.
+      InputError: the workdir belongs to a run with another config or other data (names the first difference), holds
+        a config.json that no run wrote, or cannot be written.
     """
     path = workdir / "config.json"
     record = json.loads(json.dumps(record))
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = _read_record(path)
         new = record if resumes else {**old, "config": {**old["config"], "task": record["config"]["task"]}}
         difference = _first_difference(old, new)
         if difference:
@@ -168,6 +168,16 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
         write_text(path, json.dumps(record, indent=2))
     except OSError as error:
         raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["config"], dict) and isinstance(record["data"], dict):
+            return record
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # a checkpoint's own config.json, or a damaged file: neither is overwritten
+    raise InputError(f"{path}: is not the record of a run; give another --workdir")
 
 
 def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
