@@ -90,8 +90,10 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     dataset = batches.encode_all(
         examples, model.tokenizer, build.image_spec(cfg, model.config), model.config.language.max_positions
     )
-    claim_workdir(workdir, build.record(cfg), resumes=False)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
+    if output.resolve() == Path(cfg.input.path).resolve():
+        raise InputError(f"--config.output={output}: is the input file itself; give another file")
+    claim_workdir(workdir, build.record(cfg), resumes=False)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("a").close()  # scores of hours must not be lost to a wrong path

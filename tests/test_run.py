@@ -202,6 +202,17 @@ def test_an_output_that_cannot_be_written_costs_no_scores(checkpoint, tmp_path, 
         run_scoring(cfg, tmp_path / "work")
 
 
+def test_the_input_is_never_written_over(checkpoint, tmp_path, rows):
+    cfg = score_config(checkpoint, tmp_path, rows)
+    (tmp_path / "link.json").symlink_to(tmp_path / "rows.json")
+    for output in ("rows.json", "link.json"):
+        cfg.output = str(tmp_path / output)
+        with pytest.raises(InputError, match=r"--config.output=.*: is the input file itself; give another file"):
+            run_scoring(cfg, tmp_path / "work")
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_row_error_reaches_the_command_line(checkpoint, tmp_path, rows):
     rows[2]["image"] = "b.png"
     cfg = score_config(checkpoint, tmp_path, rows)
