@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def explain(error: Exception, argv: list[str]) -> str:
     return " ".join(re.split(r"(?:\w+Error|\w+Exception): ", str(error))[-1].split())
 
 
+def explain_config_file(error: Exception, argv: list[str]) -> str | None:
+    """Where a config file of the user's own fails; None where the error is not that file's."""
+    given = next((argument for argument in argv if re.match(r"--?config=", argument)), "")
+    path = Path(given.partition("=")[2].partition(":")[0])
+    if isinstance(error, SyntaxError):
+        places, reason = [(error.filename, error.lineno)], error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        places, reason = [(frame.filename, frame.lineno) for frame in frames], error
+    lines = [line for filename, line in places if filename and Path(filename).resolve() == path.resolve()]
+    return f"{path} line {lines[-1]}: {type(error).__name__}: {reason}" if lines else None
+
+
 def _misspelt(argv: list[str]) -> str | None:
     known = field_names(base.get_config())
     groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
@@ -55,6 +69,9 @@ def parse(argv: list[str]):
     """
     # ml_collections reads sys.argv itself and wants --config before --config.FIELD; users need not know.
     sys.argv = argv = argv[:1] + sorted(argv[1:], key=lambda argument: not re.match(r"--?config=", argument))
+    num_configs = sum(bool(re.match(r"--?config=", argument)) for argument in argv)
+    if num_configs > 1:
+        raise InputError(f"--config is given {num_configs} times: give one")
     try:
         extra = flags.FLAGS(argv)[1:]
         if extra:
@@ -70,6 +87,11 @@ def parse(argv: list[str]):
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(explain(error, argv)) from error
+    except (ImportError, SyntaxError, NameError) as error:
+        place = explain_config_file(error, argv)
+        if place is None:
+            raise
+        raise InputError(place) from error
     name, _, arguments = filename.partition(":")
     default = "-".join([Path(name).stem, *filter(None, arguments.split(","))])
     return cfg, Path(_WORKDIR.value or Path("runs") / default)

@@ -51,6 +51,7 @@ def refused(*arguments) -> str:
         ((TABLE, "--config.aggregate=median"), "--config.aggregate=median: must be one of mean"),
         ((TABLE, "--wrokdir=x"), "wrokdir"),
         ((TABLE, "stray"), "unexpected argument 'stray'"),
+        ((TABLE, "--config.seed=1", "--config=configs/score.py"), "--config is given 2 times"),
     ],
 )
 def test_wrong_flags(arguments, message):
@@ -59,6 +60,19 @@ def test_wrong_flags(arguments, message):
 
 def test_flags_may_come_before_the_config():
     assert "--config.batch_size=0" in refused("--config.batch_size=0", TABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_here", "config.py line 1: ModuleNotFoundError: No module named 'nothing_here'"),
+        ("\ndef get_config(:", "config.py line 2: SyntaxError: invalid syntax"),
+        ("def get_config():\n    return undefined", "config.py line 2: NameError: name 'undefined' is not defined"),
+    ],
+)
+def test_a_config_of_the_users_own_that_does_not_run_is_named(tmp_path, text, message):
+    (tmp_path / "config.py").write_text(text)
+    assert message in refused(f"--config={tmp_path / 'config.py'}")
 
 
 def test_help_needs_no_config():
