@@ -135,6 +135,9 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes a training run", file=sys.stderr)
+        return 130  # 128 + SIGINT, as a shell has it
     print(json.dumps(summary, indent=2))
     return 0
 

@@ -75,6 +75,13 @@ def test_a_config_of_the_users_own_that_does_not_run_is_named(tmp_path, text, me
     assert message in refused(f"--config={tmp_path / 'config.py'}")
 
 
+def test_an_interrupt_is_no_traceback(tmp_path):
+    (tmp_path / "config.py").write_text("raise KeyboardInterrupt")  # where control-C comes does not matter
+    done = call(f"--config={tmp_path / 'config.py'}")
+    assert done.returncode == 130
+    assert done.stderr.strip() == "interrupted; the same command resumes a training run"
+
+
 def test_help_needs_no_config():
     done = call("--help")
     assert done.returncode == 0
