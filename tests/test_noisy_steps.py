@@ -180,3 +180,15 @@ def test_unknown_words_do_not_become_tokens():
 def test_impossible_sizes_name_the_field(field, value):
     with pytest.raises(InputError, match=field):
         make(0, SMALL._replace(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(["pretrain", "cold_start"], ["clean", "flipped", "always_plus", "trivial"]),
+        *(["meta_questions"], ["meta_candidates"], ["test_questions"], ["candidates"]),
+    ],
+)
+def test_sizes_that_leave_a_split_empty_name_the_fields(fields):
+    with pytest.raises(InputError, match=rf"noisy_steps: {' . '.join(fields)} = 0"):
+        make(0, SMALL._replace(**dict.fromkeys(fields, 0)))

@@ -93,6 +93,11 @@ class Sizes(NamedTuple):
 
 DEFAULT_SIZES = Sizes()
 
+_NEVER_ALL_ZERO = (
+    ("pretrain", "cold_start"), ("clean", "flipped", "always_plus", "trivial"),
+    ("meta_questions",), ("meta_candidates",), ("test_questions",), ("candidates",),
+)  # fmt: skip
+
 
 class Question(NamedTuple):
     """A test question with its C candidates; `step_labels` is the truth, never seen by a model."""
@@ -170,6 +175,9 @@ def _check(sizes: Sizes) -> None:
             raise InputError(f"noisy_steps: {name} = {value!r} must lie in [0, 1]")
         if not name.endswith("_rate") and (not isinstance(value, int) or value < 0):
             raise InputError(f"noisy_steps: {name} = {value!r} must be a whole number >= 0")
+    for names in _NEVER_ALL_ZERO:
+        if not any(getattr(sizes, name) for name in names):
+            raise InputError(f"noisy_steps: {' + '.join(names)} = 0 leaves a data set without rows: give at least 1")
     if not 1 <= sizes.pretrain_turns <= len(ROOMS):
         raise InputError(
             f"noisy_steps: pretrain_turns = {sizes.pretrain_turns} must lie in [1, {len(ROOMS)}]: one a room"
