@@ -32,6 +32,12 @@ def test_scores_are_the_recorded_ones(shared, seed0_checkpoint, tmp_path, batch_
         odds = np.subtract(known["logit_plus"], known["logit_minus"])
         np.testing.assert_allclose(line["step_scores_two_token"], 1 / (1 + np.exp(-odds)), rtol=1e-4)
         np.testing.assert_allclose(line["score"], known["mean"], rtol=1e-4)
+        plus, two_token = np.array(line["step_scores"]), np.array(line["step_scores_two_token"])
+        minus = plus * (1 - two_token) / two_token
+        np.testing.assert_allclose(minus, known["p_minus"], rtol=1e-4)
+        outcome = plus if line["true_false"] else minus  # the meta loss's reading: "-" at every step of a wrong answer
+        np.testing.assert_allclose(outcome.mean(), known["mean_negative"], rtol=1e-4)
+        np.testing.assert_allclose(-np.log(plus).mean(), known["loss"], rtol=1e-4)  # every recorded label is "+"
 
 
 def test_training_on_real_rows_replays_the_recorded_order_and_first_loss(shared, seed0_checkpoint, tmp_path):
