@@ -4,6 +4,8 @@ An explicit flag beats a config's arguments, the arguments beat the values below
 are placeholders, so that a flag can set them.
 """
 
+import math
+
 from ml_collections import config_dict
 
 from dreamprm_jax.data import noisy_steps
@@ -13,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
     cfg = config_dict.ConfigDict()
     cfg.task = "train"  # train | score
-    cfg.recipe = "corrected"  # which reading of the paper the values follow: paper | corrected
+    cfg.recipe = "corrected"  # which reading of the method the values follow: published | paper | corrected
     cfg.seed = 0  # data order, embedded benchmark and fresh parameters
 
     cfg.model = config_dict.ConfigDict()
@@ -42,13 +44,25 @@ def get_config() -> config_dict.ConfigDict:
     cfg.cold_start.batch_size = 1  # rows
     cfg.cold_start.lr = 5e-5  # peak of the warmed-up cosine
     cfg.cold_start.weight_decay = 0.05  # per unit of learning rate
+    cfg.cold_start.clip_norm = config_dict.placeholder(float)  # of the gradient; None: no clip
 
-    cfg.num_steps = 0  # bilevel iterations: one inner and one outer step each, >= 0
-    cfg.batch_size = 1  # training rows per iteration
+    cfg.num_steps = 0  # bilevel iterations: num_inner_steps inner steps and one outer step each, >= 0
+    cfg.num_inner_steps = 1  # inner steps that each meta-gradient looks through, >= 1
+    cfg.batch_size = 1  # training rows per inner step
     cfg.meta_batch_size = 1  # meta rows per iteration
-    cfg.hypergradient = "unrolled"  # estimator of the meta-gradient
+    # Estimator of the meta-gradient (docs/bilevel.md): auto (the cheapest exact one) | unrolled | dot | tangent |
+    # tangent_recomputed | recompute | mixed | identity | published_fd
+    cfg.hypergradient = "auto"
+    cfg.schedule = "usual"  # warmed-up cosine of every learning rate: usual | published (its first rate is 0)
+    cfg.ema_decay = config_dict.placeholder(
+        float
+    )  # of a moving average of the parameters, which then scores; in [0, 1)
     cfg.step_loss = "mean"  # over the steps of a chain: mean (published code) | sum (paper, Eq. 1)
-    cfg.aggregate = "mean"  # step scores -> response score, in the meta loss and in selection
+    # Sum of the exponentials over the vocabulary: exact | torch_cpu (with the float32 rounding of torch's CPU kernel,
+    # which recorded runs contain; on an accelerator the same as exact)
+    cfg.vocabulary_sum = "exact"
+    # Step scores -> response score, in the meta loss and in selection:
+    cfg.aggregate = "mean"  # mean | min | max | last | product | log_mean | mean_log_odds (DreamPRM)
     # What the meta set asks for: both (the published reading: "+" at every step of a right answer, "-" at every step of
     # a wrong one) | plus (the chain's aggregated P("+") is the probability that its answer is right).
     cfg.meta_target = "both"
@@ -56,23 +70,39 @@ def get_config() -> config_dict.ConfigDict:
 
     cfg.inner = config_dict.ConfigDict()
     cfg.inner.lr = 5e-5  # peak of the warmed-up cosine
-    cfg.inner.weight_decay = 0.01  # decoupled, on matrices and embeddings
-    cfg.inner.clip_norm = config_dict.placeholder(float)  # of the weighted gradient; None: no clip
+    cfg.inner.optimizer = "adamw"  # adamw (meta-safe) | hf_adamw (transformers' own, as published); cold start too
+    cfg.inner.eps = 1e-8  # of the optimizer, > 0
+    cfg.inner.weight_decay = 0.01  # decoupled, per unit of learning rate
+    cfg.inner.decay = "matrices"  # what is decayed: matrices (and embeddings) | all; hf_adamw always decays all
+    cfg.inner.clip_norm = config_dict.placeholder(float)  # None: no clip
+    cfg.inner.clip_place = "after"  # after (the weighted gradient) | per_example (each example's, before its weight)
 
     cfg.weighting = config_dict.ConfigDict()
-    cfg.weighting.name = "uniform"  # uniform | table
-    cfg.weighting.minimum = 0.0  # the table is projected to [minimum, maximum] after each outer step
+    cfg.weighting.name = "uniform"  # uniform | domain | table | net
+    # How a raw value becomes a weight. table: projected | clip | softplus | sigmoid;
+    # net: sigmoid | softplus | clip | softmax (within the batch). domain: always softplus over its mean.
+    cfg.weighting.activation = "projected"
+    cfg.weighting.minimum = 0.0  # the table's range: projected to it after each outer step, or clipped on reading
     cfg.weighting.maximum = 3.0
+    # What the net sees of each step: loss, prob (of "+" over the two labels), label, label_probs (published), hidden
+    cfg.weighting.features = ("loss", "prob", "label")
+    cfg.weighting.hidden = 10  # width of the net's hidden layer, >= 1
+    cfg.weighting.zero_output = (
+        True  # the net's output layer starts at 0: equal weights; False: at random, as published
+    )
+    cfg.weighting.detached = True  # False: the inner gradient flows through the net's features, as published
     cfg.weighting.init = config_dict.placeholder(str)  # safetensors file with initial meta_params
 
     cfg.outer = config_dict.ConfigDict()
-    cfg.outer.optimizer = "per_entry"  # per_entry (RMSprop by each entry's own history) | adamw (dense)
+    cfg.outer.optimizer = "per_entry"  # per_entry (RMSprop by each entry's own history) | adamw | hf_adamw (dense)
     cfg.outer.lr = 5e-3  # peak of the warmed-up cosine
-    cfg.outer.weight_decay = 1e-3  # per_entry: towards 1; adamw: towards 0, as in the paper
-    cfg.outer.clip_norm = config_dict.placeholder(float)  # of the meta-gradient over the inner rate; None: no clip
+    cfg.outer.weight_decay = 1e-3  # per_entry: towards 1; the others: towards 0, as in the paper
+    # Of the meta-gradient (an exact one is divided by the inner rate first); None: no clip
+    cfg.outer.clip_norm = config_dict.placeholder(float)
 
     cfg.log_every = 1  # steps per line of metrics.jsonl, >= 1
     cfg.log_meta_grad = False  # also write each step's meta-gradient
+    cfg.identity_cosine_every = 0  # iterations between cosines of the meta-gradient with `identity`; 0: never
     cfg.checkpoint_every = 1000  # steps, >= 1; the end of each phase is always saved
     cfg.checkpoints_to_keep = 2  # newest ones, >= 1
 
@@ -96,6 +126,8 @@ def split_arguments(arguments: str, allowed: dict[str, tuple[str, ...]]) -> dict
         group = next((name for name, values in allowed.items() if argument in values), None)
         if group is None:
             known = ", ".join(value for values in allowed.values() for value in values)
+            if not known:
+                raise ValueError(f"config argument {argument!r}: this config takes none")
             raise ValueError(f"config argument {argument!r} is not known; choose from {known}")
         if group in chosen:
             raise ValueError(f"config arguments {chosen[group]!r} and {argument!r} are both a {group}; give one")
@@ -103,45 +135,81 @@ def split_arguments(arguments: str, allowed: dict[str, tuple[str, ...]]) -> dict
     return chosen
 
 
-TRAINING_ARGUMENTS = {"scale": ("internvl3_1b",), "recipe": ("paper", "corrected")}
+TRAINING_ARGUMENTS = {"scale": ("internvl3_1b",), "recipe": ("published", "paper", "corrected")}
 
 
-def paper_scale(cfg: config_dict.ConfigDict, recipe: str) -> None:
-    """The paper's scale: InternVL3-1B from a checkpoint, real files, bfloat16 compute on float32 masters."""
+def training_config(arguments: str) -> tuple[config_dict.ConfigDict, bool]:
+    """The config of a training experiment, and whether it is the embedded one; not yet locked.
+
+    The scale says where model and data come from and how long to train; the recipe says what the method does. Without
+    a scale the default recipe is `corrected`, at `internvl3_1b` it is `paper`.
+    """
+    chosen = split_arguments(arguments, TRAINING_ARGUMENTS)
+    cfg, embedded = get_config(), "scale" not in chosen
+    recipe = chosen.get("recipe", "corrected" if embedded else "paper")
     cfg.recipe = recipe
+    {"published": published, "paper": paper, "corrected": corrected}[recipe](cfg)
+    (embedded_scale if embedded else paper_scale)(cfg)
+    return cfg, embedded
+
+
+def published(cfg: config_dict.ConfigDict) -> None:
+    """What the released code does (REFERENCE 3), finite difference included."""
+    cfg.hypergradient = "published_fd"
+    cfg.schedule = "published"
+    cfg.vocabulary_sum = "torch_cpu"
+    cfg.batch_size = cfg.meta_batch_size = 1
+    cfg.inner.optimizer, cfg.inner.eps = "hf_adamw", 1e-6
+    cfg.inner.clip_norm = cfg.outer.clip_norm = cfg.cold_start.clip_norm = 1.0
+    cfg.outer.optimizer = "hf_adamw"
+    cfg.weighting.activation = "clip"
+    cfg.weighting.minimum, cfg.weighting.maximum = -1.0, 3.0
+
+
+def paper(cfg: config_dict.ConfigDict) -> None:
+    """The text, with the exact meta-gradient."""
+    cfg.step_loss = "sum"  # Eq. 1
+    cfg.batch_size = cfg.meta_batch_size = 1
+    cfg.inner.decay = "all"
+    cfg.outer.optimizer = "adamw"
+    cfg.weighting.minimum, cfg.weighting.maximum = -1.0, 3.0
+
+
+def corrected(cfg: config_dict.ConfigDict) -> None:
+    """Our best: docs/bilevel.md says for each point what was chosen and what it is worth."""
+    cfg.batch_size = cfg.meta_batch_size = 8
+    cfg.aggregate = "product"  # a chain is right when every step is
+    cfg.meta_target = "plus"
+
+
+def paper_scale(cfg: config_dict.ConfigDict) -> None:
+    """The paper's scale: InternVL3-1B from a checkpoint, real files, bfloat16 compute on float32 masters."""
     cfg.model.checkpoint = "OpenGVLab/InternVL3-1B"
     cfg.model.compute_dtype = "bfloat16"
+    cfg.model.param_dtype = "bfloat16" if cfg.recipe == "published" else "float32"
     cfg.model.remat = "full"
-    cfg.inner.lr, cfg.inner.weight_decay = 5e-5, 0.01  # REFERENCE: paper, section "implementation details"
-    cfg.outer.lr, cfg.outer.weight_decay = 5e-3, 1e-3
-    cfg.num_steps = 100_000
-    if recipe == "paper":
-        cfg.batch_size = cfg.meta_batch_size = 1
-        cfg.step_loss = "sum"
-        cfg.outer.optimizer = "adamw"
-        cfg.weighting.minimum = -1.0
-    else:
-        cfg.batch_size = cfg.meta_batch_size = 8
-        cfg.num_steps = 12_500  # the same number of examples
+    cfg.num_steps = 100_000 // cfg.batch_size  # the same number of examples
 
 
-def embedded_scale(cfg: config_dict.ConfigDict, recipe: str) -> None:
-    """noisy_steps on a tiny InternVL: two CPU cores, minutes, nothing downloaded."""
-    cfg.recipe = recipe
+def embedded_scale(cfg: config_dict.ConfigDict) -> None:
+    """noisy_steps on a tiny InternVL: two CPU cores, minutes, nothing downloaded. One cold start for all methods."""
     cfg.images.max_tiles = 1
     cfg.cold_start.num_steps = 1000
     cfg.cold_start.batch_size = 64
     cfg.cold_start.lr = 4e-3
     cfg.cold_start.weight_decay = 0.01
-    cfg.num_steps = 800
-    cfg.batch_size = 64
-    cfg.meta_batch_size = 128
-    cfg.aggregate = "product"  # a chain is right when every step is
-    cfg.meta_target = "plus"
-    cfg.inner.lr = 2e-4
-    cfg.outer.lr = 0.2
-    cfg.outer.weight_decay = 0.0
+    cfg.cold_start.clip_norm = None
     cfg.checkpoint_every = 200
+    if cfg.recipe == "corrected":
+        cfg.num_steps = 800
+        cfg.batch_size = 64
+        cfg.meta_batch_size = 128
+        cfg.inner.lr = 2e-4
+        cfg.outer.lr = 0.2
+        cfg.outer.weight_decay = 0.0
+    else:  # their own rates and batches of one
+        cfg.num_steps = 10_000
+        cfg.checkpoint_every = 2000
 
 
 def _one_of(*values: str):
@@ -149,8 +217,14 @@ def _one_of(*values: str):
 
 
 def _at_least(minimum: float):
-    return (lambda value: value is None or value >= minimum), f"at least {minimum}"
+    return (lambda value: value is None or minimum <= value < math.inf), f"at least {minimum}, and finite"
 
+
+FEATURES = ("loss", "prob", "label", "label_probs", "hidden")
+ACTIVATIONS = {
+    "table": ("projected", "clip", "softplus", "sigmoid"),
+    "net": ("sigmoid", "softplus", "clip", "softmax"),
+}
 
 CHECKS = {
     "task": _one_of("train", "score"),
@@ -167,19 +241,36 @@ CHECKS = {
     "num_steps": _at_least(0),
     "batch_size": _at_least(1),
     "meta_batch_size": _at_least(1),
-    "hypergradient": _one_of("unrolled"),
+    "num_inner_steps": _at_least(1),
+    "hypergradient": _one_of(
+        "auto", "unrolled", "dot", "tangent", "tangent_recomputed", "recompute", "mixed", "identity", "published_fd"
+    ),
+    "vocabulary_sum": _one_of("exact", "torch_cpu"),
+    "schedule": _one_of("usual", "published"),
+    "ema_decay": ((lambda value: value is None or 0 <= value < 1), "at least 0 and below 1"),
     "step_loss": _one_of("mean", "sum"),
-    "aggregate": _one_of("mean", "min", "max", "last", "product", "log_mean"),
+    "aggregate": _one_of("mean", "min", "max", "last", "product", "log_mean", "mean_log_odds"),
     "meta_target": _one_of("both", "plus"),
     "meta_loss": _one_of("mse", "cross_entropy"),
     "inner.lr": _at_least(0),
     "inner.weight_decay": _at_least(0),
+    "cold_start.clip_norm": _at_least(0),
+    "inner.optimizer": _one_of("adamw", "hf_adamw"),
+    "inner.eps": ((lambda value: 0 < value < math.inf), "above 0, and finite"),
+    "inner.decay": _one_of("matrices", "all"),
     "inner.clip_norm": _at_least(0),
-    "weighting.name": _one_of("uniform", "table"),
-    "outer.optimizer": _one_of("per_entry", "adamw"),
+    "inner.clip_place": _one_of("after", "per_example"),
+    "weighting.name": _one_of("uniform", "domain", "table", "net"),
+    "weighting.features": (
+        lambda value: len(value) > 0 and set(value) <= set(FEATURES),
+        "one or more of " + ", ".join(FEATURES),
+    ),
+    "weighting.hidden": _at_least(1),
+    "outer.optimizer": _one_of("per_entry", "adamw", "hf_adamw"),
     "outer.lr": _at_least(0),
     "outer.weight_decay": _at_least(0),
     "outer.clip_norm": _at_least(0),
+    "identity_cosine_every": _at_least(0),
     "log_every": _at_least(1),
     "checkpoint_every": _at_least(1),
     "checkpoints_to_keep": _at_least(1),
@@ -199,7 +290,19 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             value = value[part]
         if not is_valid(value):
             raise ValueError(f"--config.{field}={value}: must be {permitted}")
+    if cfg.task == "train" and not cfg.num_steps + cfg.cold_start.num_steps:
+        raise ValueError("--config.num_steps and --config.cold_start.num_steps are both 0: there is nothing to train")
+    if cfg.weighting.name == "uniform" and cfg.weighting.init is not None:
+        raise ValueError("--config.weighting.init: weighting.name=uniform has nothing to start from; leave it out")
+    if cfg.weighting.maximum <= 0:
+        raise ValueError(f"--config.weighting.maximum={cfg.weighting.maximum}: must be above 0")
     if cfg.weighting.minimum > cfg.weighting.maximum:
         raise ValueError(
             f"--config.weighting.minimum={cfg.weighting.minimum} is above weighting.maximum={cfg.weighting.maximum}"
+        )
+    permitted = ACTIVATIONS.get(cfg.weighting.name, (cfg.weighting.activation,))
+    if cfg.weighting.activation not in permitted:
+        raise ValueError(
+            f"--config.weighting.activation={cfg.weighting.activation}: must be one of {', '.join(permitted)} for "
+            f"weighting.name={cfg.weighting.name}"
         )

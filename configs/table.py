@@ -5,7 +5,7 @@
         --config.train.path=... --config.train.images=... --config.meta.path=... --config.meta.images=...
 
 Paper: arXiv 2509.05542, 12k instances, 100k iterations, 72 h on one A100 80 GB with the published code;
-MMMU 84.6 (GPT-5-mini alone: 80.0). Arguments: internvl3_1b (scale), paper | corrected (recipe).
+MMMU 84.6 (GPT-5-mini alone: 80.0). Arguments: internvl3_1b (scale), published | paper | corrected (recipe).
 """
 
 from configs import base
@@ -13,11 +13,6 @@ from configs import base
 
 def get_config(arguments: str = ""):
     """The record of the experiment; see the module's docstring."""
-    chosen = base.split_arguments(arguments, base.TRAINING_ARGUMENTS)
-    cfg = base.get_config()
+    cfg, _ = base.training_config(arguments)
     cfg.weighting.name = "table"
-    if "scale" in chosen:
-        base.paper_scale(cfg, chosen.get("recipe", "paper"))
-    else:
-        base.embedded_scale(cfg, chosen.get("recipe", "corrected"))
     return cfg.lock()

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dreamprm_jax.hypergradient import Estimator, Problem
+from dreamprm_jax.hypergradient import Estimator
+from dreamprm_jax.inner import Problem
+from dreamprm_jax.optimizers import norm, update_ema, widen
 from dreamprm_jax.types import Batch, BilevelState, PyTree, TrainState
 from dreamprm_jax.weighting import Weighting
 
@@ -26,10 +28,32 @@ def init_state(
     meta_tx: optax.GradientTransformation,
     weighting: Weighting,
     params: PyTree,
+    num_remembered: int = 0,
 ) -> BilevelState:
-    """Both levels, fresh: `params` as given, the weighting as it starts."""
+    """Both levels, fresh: `params` as given, the weighting as it starts.
+
+    `num_remembered` training rows have their last weight kept, for weightings that cannot tell it afterwards.
+    """
     meta_params = weighting.init()
-    return BilevelState(init_train_state(inner_tx, params), meta_params, meta_tx.init(meta_params))
+    last_weights = {"rows": jnp.full((num_remembered,), jnp.nan)} if num_remembered else {}
+    train = init_train_state(inner_tx, params)
+    return BilevelState(train, meta_params, meta_tx.init(meta_params), ema={}, last_weights=last_weights)
+
+
+def with_ema(state: BilevelState) -> BilevelState:
+    """Starts the moving average at the present parameters: a copy, as both are donated to the next step; float32 at
+    least, as an average of bfloat16 numbers would stand still."""
+    return state._replace(ema=jax.tree.map(jnp.copy, widen(state.train.params)))
+
+
+def scoring_params(state: BilevelState) -> PyTree:
+    """The parameters that score: the moving average where one is kept."""
+    return state.ema or state.train.params
+
+
+def track_ema(state: BilevelState, decay: float | None) -> BilevelState:
+    """Moves the average one step; None: there is none."""
+    return state if decay is None else state._replace(ema=update_ema(state.ema, state.train.params, decay))
 
 
 def outer_step(
@@ -61,5 +85,10 @@ def bilevel_step(
     meta_grad, train, metrics = estimate(problem, state.train, state.meta_params, batch, meta_batch)
     meta_params, meta_opt_state = outer_step(meta_tx, weighting, meta_grad, state.meta_params, state.meta_opt_state)
     metrics["meta_grad"] = meta_grad
-    metrics["meta_grad_norm"] = optax.tree.norm(meta_grad)
-    return BilevelState(train, meta_params, meta_opt_state), metrics
+    metrics["meta_grad_norm"] = norm(meta_grad)
+    if state.last_weights:
+        rows = state.last_weights["rows"]
+        slots = jnp.where(batch.example_mask, batch.example_id, rows.size)  # a padded row has no slot
+        seen = rows.at[slots].set(metrics["instance_weights"], mode="drop")
+        state = state._replace(last_weights={"rows": seen})
+    return state._replace(train=train, meta_params=meta_params, meta_opt_state=meta_opt_state), metrics

@@ -1,4 +1,4 @@
-"""From a config to the pieces of a run: data sets, optimizers, the bilevel problem, jitted steps."""
+"""From a config to the pieces of a run: data sets, the weighting, the bilevel problem."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dreamprm_jax import bilevel, losses, optimizers, weighting
-from dreamprm_jax.bilevel import Step
+from dreamprm_jax import losses, weighting
 from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, noisy_steps, records
 from dreamprm_jax.data.example import Example
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.hypergradient import ESTIMATORS, Problem, inner_step
+from dreamprm_jax.inner import Problem
 from dreamprm_jax.models import internvl, presets
-from dreamprm_jax.types import Batch, BilevelState, PyTree
+from dreamprm_jax.types import Batch, PyTree
 
 
 class TrainingData(NamedTuple):
@@ -34,25 +33,24 @@ class TrainingData(NamedTuple):
     test: batches.Dataset | None
 
 
-class Levels(NamedTuple):
-    """The two optimizers of the bilevel phase, the cold start's, and their learning rates by step."""
-
-    inner_tx: optax.GradientTransformation
-    inner_rate: optimizers.Schedule
-    meta_tx: optax.GradientTransformation
-    meta_rate: optimizers.Schedule
-    cold_tx: optax.GradientTransformation
-    cold_rate: optimizers.Schedule
-
-
 def record(cfg: Any) -> dict[str, Any]:
     """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names.
 
-    The files have been read before; this only tells them from others of the same name.
+    It tells them from others of the same name.
+
+    Raises:
+      InputError: a file that cannot be read.
     """
     paths = (cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init, cfg.input.path)
-    data = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path is not None}
+    data = {path: _fingerprint(path) for path in paths if path is not None}
     return {"config": cfg.to_dict(), "data": data}
+
+
+def _fingerprint(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); the config names it") from error
 
 
 def image_spec(cfg: Any, config: presets.InternVLConfig) -> batches.ImageSpec:
@@ -105,7 +103,8 @@ def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
     """
     level = "meta" if stream == "meta" else "train"
     path = cfg[level].order
-    sizes = {"cold_start": cfg.cold_start.batch_size, "train": cfg.batch_size, "meta": cfg.meta_batch_size}
+    per_iteration = cfg.batch_size * cfg.num_inner_steps
+    sizes = {"cold_start": cfg.cold_start.batch_size, "train": per_iteration, "meta": cfg.meta_batch_size}
     return batches.training_order(
         len(dataset),
         batch_size=sizes[stream],
@@ -115,36 +114,43 @@ def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
     )
 
 
-def levels(cfg: Any) -> Levels:
-    """The optimizers, each with a warmed-up cosine over its own phase."""
-    inner_rate = optimizers.warmup_cosine(cfg.inner.lr, cfg.num_steps)
-    meta_rate = optimizers.warmup_cosine(cfg.outer.lr, cfg.num_steps)
-    cold_rate = optimizers.warmup_cosine(cfg.cold_start.lr, cfg.cold_start.num_steps)
-    inner = partial(optimizers.adamw, clip_norm=cfg.inner.clip_norm)
-    if cfg.outer.optimizer == "per_entry":
-        outer = optimizers.per_entry_rmsprop(meta_rate, weight_decay=cfg.outer.weight_decay)
-    else:
-        outer = optax.adamw(meta_rate, weight_decay=cfg.outer.weight_decay)
-    clip = optax.clip_by_global_norm(cfg.outer.clip_norm) if cfg.outer.clip_norm is not None else optax.identity()
-    return Levels(
-        inner_tx=inner(inner_rate, weight_decay=cfg.inner.weight_decay),
-        inner_rate=inner_rate,
-        meta_tx=optax.chain(optimizers.divide_by_inner_rate(inner_rate), clip, outer),
-        meta_rate=meta_rate,
-        cold_tx=inner(cold_rate, weight_decay=cfg.cold_start.weight_decay),
-        cold_rate=cold_rate,
-    )
+def instance_weighting(cfg: Any, train: batches.Dataset, model: Model) -> weighting.Weighting:
+    """The weighting that the config names, started from `weighting.init` where that is given.
 
-
-def instance_weighting(cfg: Any, num_examples: int) -> weighting.Weighting:
-    """The weighting that the config names, started from `weighting.init` where that is given."""
-    if cfg.weighting.name == "uniform":
+    Raises:
+      InputError: a row without a domain, or an init file that does not fit.
+    """
+    chosen = cfg.weighting
+    if chosen.name == "uniform":
         return weighting.uniform()
-    table = weighting.instance_table(num_examples, cfg.weighting.minimum, cfg.weighting.maximum)
-    if cfg.weighting.init is None:
-        return table
-    meta_params = read_meta_params(cfg.weighting.init, jax.eval_shape(table.init))
-    return table._replace(init=lambda: meta_params)
+    if chosen.name == "table":
+        made = weighting.instance_table(len(train), chosen.activation, chosen.minimum, chosen.maximum)
+    elif chosen.name == "domain":
+        domains = domain_names(train)
+        made = weighting.domain_table([domains.index(row.dataset) for row in train.examples], len(domains))
+    else:
+        widths = {"label_probs": 2, "hidden": model.config.language.width}
+        num_inputs = sum(widths.get(feature, 1) for feature in chosen.features)
+        key = jax.random.key(cfg.seed)
+        made = weighting.instance_net(
+            chosen.features, num_inputs, chosen.activation, key, chosen.hidden, chosen.zero_output
+        )
+    if chosen.init is None:
+        return made
+    meta_params = made.project(read_meta_params(chosen.init, jax.eval_shape(made.init)))
+    return made._replace(init=lambda: meta_params)
+
+
+def domain_names(train: batches.Dataset) -> list[str]:
+    """The training rows' sources, sorted: the order of the domain table.
+
+    Raises:
+      InputError: a row that names none.
+    """
+    for row in train.examples:
+        if row.dataset is None:
+            raise InputError(f'{row.place}: "dataset" is missing; weighting.name=domain needs every row\'s source')
+    return sorted({row.dataset for row in train.examples})
 
 
 def read_meta_params(path: str, shapes: PyTree) -> PyTree:
@@ -161,62 +167,57 @@ def read_meta_params(path: str, shapes: PyTree) -> PyTree:
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != wanted:
         raise InputError(f"{path}: holds {found}, but the weighting needs {wanted} (weighting.init)")
+    for name, tensor in tensors.items():
+        bad = np.argwhere(~np.isfinite(tensor))
+        if len(bad):
+            place = tuple(int(i) for i in bad[0])
+            raise InputError(
+                f"{path}: {name}{list(place)} is {tensor[place]}; every value must be finite (weighting.init)"
+            )
     return {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
 
 
 def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
     """The bilevel problem of a process reward model; docs/bilevel.md has the objective and both meta targets."""
     aggregate, meta_loss = losses.AGGREGATIONS[cfg.aggregate], losses.META_LOSSES[cfg.meta_loss]
+    plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
+    as_torch = cfg.vocabulary_sum == "torch_cpu" and jax.default_backend() == "cpu"
+    over_vocabulary = losses.log_sum_exp_as_torch if as_torch else losses.log_sum_exp
+    features = cfg.weighting.features if cfg.weighting.name == "net" else ()
 
-    def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits = internvl.apply(model.config, params, batch)
-        return losses.example_losses(logits, batch.labels, batch.step_mask, cfg.step_loss), logits
+    def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden = internvl.step_hidden_states(model.config, params, batch)
+        logits = internvl.head(model.config, params, hidden)
+        outputs = {}  # what the weighting reads, and no more: all of it is differentiated
+        if {"label_probs", "prob"} & set(features):
+            outputs["label_logits"] = jnp.stack([logits[..., plus], logits[..., minus]], axis=-1)
+        if "loss" in features:
+            outputs["step_losses"] = -losses.label_log_probs(logits, batch.labels, over_vocabulary)
+        if "label" in features:
+            outputs["label_is_plus"] = (batch.labels == plus).astype(jnp.float32)
+        if "hidden" in features:
+            outputs["hidden"] = hidden.astype(jnp.float32)
+        step_loss = losses.example_losses(logits, batch.labels, batch.step_mask, cfg.step_loss, over_vocabulary)
+        return step_loss, outputs
 
     def outcome_loss(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = internvl.apply(model.config, params, batch)
         if cfg.meta_target == "both":
-            probabilities = jnp.exp(losses.label_log_probs(logits, batch.labels))  # [B, S], of "+" or "-" by outcome
+            # [B, S], of "+" or "-" by outcome
+            probabilities = jnp.exp(losses.label_log_probs(logits, batch.labels, over_vocabulary))
             response_score = aggregate(probabilities, batch.step_mask)  # [B]
         else:
-            plus = aggregate(losses.step_scores(logits, model.tokenizer.plus_id), batch.step_mask)  # [B]
-            response_score = jnp.where(batch.labels[:, 0] == model.tokenizer.plus_id, plus, 1.0 - plus)
+            score = aggregate(losses.step_scores(logits, plus), batch.step_mask)  # [B]
+            response_score = jnp.where(batch.labels[:, 0] == plus, score, 1.0 - score)
         loss = losses.masked_mean(meta_loss(response_score), batch.example_mask)
         return loss, {"meta_prediction": losses.masked_mean(response_score, batch.example_mask)}
 
-    return Problem(step_losses, weights, outcome_loss, inner_tx)
-
-
-def plain_step(problem: Problem, rate: optimizers.Schedule, clip_norm: float | None) -> Step:
-    """The jitted step of supervised training: the inner step alone, every weight 1."""
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
-        train, metrics = inner_step(problem, state.train, {}, batch)
-        metrics["lr"] = rate(state.train.step)
-        del metrics["instance_weights"]
-        return state._replace(train=train), _for_the_log(metrics, clip_norm)
-
-    return step
-
-
-def weighted_step(cfg: Any, problem: Problem, rates: Levels, weights: weighting.Weighting) -> Step:
-    """The jitted bilevel step."""
-    estimate = ESTIMATORS[cfg.hypergradient]
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
-        count = state.train.step
-        state, metrics = bilevel.bilevel_step(problem, estimate, rates.meta_tx, weights, state, batch, meta_batch)
-        metrics |= {"lr": rates.inner_rate(count), "meta_lr": rates.meta_rate(count)}
-        meta_grad = metrics.pop("meta_grad")
-        if cfg.log_meta_grad:
-            metrics["meta_grad"] = meta_grad["table"][batch.example_id]
-        return state, _for_the_log(metrics, cfg.inner.clip_norm)
-
-    return step
-
-
-def _for_the_log(metrics: dict[str, jax.Array], clip_norm: float | None) -> dict[str, jax.Array]:
-    del metrics["losses"]
-    metrics["clip_active"] = metrics["grad_norm"] > clip_norm if clip_norm is not None else jnp.array(False)
-    return metrics
+    return Problem(
+        step_losses,
+        weights,
+        outcome_loss,
+        inner_tx,
+        num_inner_steps=cfg.num_inner_steps,
+        detached=cfg.weighting.detached,
+        example_clip_norm=cfg.inner.clip_norm if cfg.inner.clip_place == "per_example" else None,
+    )

@@ -49,12 +49,9 @@ class Checkpoints:
 
     def save(self, step: int, snapshot: Snapshot) -> None:
         """Writes a snapshot, atomically; saving a step again is a no-op."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(snapshot.state), progress=ocp.args.JsonSave(snapshot.progress)
-            ),
-        )
+        progress = {**snapshot.progress, "averaged": bool(snapshot.state.ema)}  # which parameters score
+        arrays = ocp.args.StandardSave(snapshot.state)
+        self._manager.save(step, args=ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress)))
 
     def restore_latest(self, template: Snapshot) -> Snapshot | None:
         """The newest snapshot, shaped and placed like `template`; None where there is none."""
@@ -134,12 +131,14 @@ def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
-        # Only the parameters: moments and table of a 1B run are three times their size.
-        wanted = {"train": {"params": shapes}}
+        # Only the parameters that score: moments and table of a 1B run are three times their size.
+        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        averaged = progress.get("averaged", False)
+        wanted = {"ema": shapes} if averaged else {"train": {"params": shapes}}
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
         restored = manager.restore(step, args=ocp.args.Composite(arrays=restore))
-    return config, restored["arrays"]["train"]["params"]
+    return config, restored["arrays"]["ema"] if averaged else restored["arrays"]["train"]["params"]
 
 
 def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True) -> None:

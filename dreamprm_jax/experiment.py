@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,15 +15,19 @@ import numpy as np
 from safetensors.numpy import save_file
 from sklearn.metrics import roc_auc_score
 
-from dreamprm_jax import bilevel, build
+from dreamprm_jax import bilevel, build, steps
 from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, claim_workdir, load_model, save_model_card
 from dreamprm_jax.data import batches
 from dreamprm_jax.evaluate import Candidates, best_of_n
-from dreamprm_jax.metrics import MetricsWriter, write_json_lines, write_text
+from dreamprm_jax.hypergradient import EXACT
+from dreamprm_jax.inner import Problem
+from dreamprm_jax.metrics import MetricsWriter, read_metrics, write_json_lines, write_text
+from dreamprm_jax.optimizers import derivative_vanishes
 from dreamprm_jax.report import write_report
 from dreamprm_jax.scoring import score_dataset
 from dreamprm_jax.train import Cadence, Phase, run_phase
-from dreamprm_jax.weighting import Weighting
+from dreamprm_jax.types import Batch, BilevelState
+from dreamprm_jax.weighting import Weighting, uniform
 
 
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
@@ -34,54 +40,85 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     """
     model = load_model(cfg.model, cfg.seed)
     data = build.training_data(cfg, model)
-    weighting = build.instance_weighting(cfg, len(data.train))
-    run = phases(cfg, model, data, weighting)
+    weighting, levels = build.instance_weighting(cfg, data.train, model), steps.levels(cfg)
+    problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
+    estimator = resolve(cfg, problem, model) if cfg.num_steps and cfg.weighting.name != "uniform" else None
+    run = phases(cfg, model, data, weighting, levels, problem, estimator)
     claim_workdir(workdir, build.record(cfg))
     summary_path = workdir / "summary.json"
     if summary_path.is_file():
         print(f"{workdir} is finished; its summary:")
         return json.loads(summary_path.read_text(encoding="utf-8"))
     save_model_card(workdir, model.config, model.tokenizer)
-    snapshot = train(cfg, workdir, model, run, weighting)
-    model = model._replace(params=snapshot.state.train.params)
-    return finish(cfg, workdir, model, data, snapshot)
+    num_remembered = len(data.train) if cfg.weighting.name == "net" else 0
+    state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params, num_remembered)
+    snapshot = train(cfg, workdir, run, state)
+    model = model._replace(params=bilevel.scoring_params(snapshot.state))
+    return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
 
 
-def phases(cfg: Any, model: Model, data: build.TrainingData, weighting: Weighting) -> list[tuple[Phase, Any]]:
+def resolve(cfg: Any, problem: Problem, model: Model) -> str:
+    """The estimator of the run, told on stderr; warns where its optimizer hides the weights from the meta loss."""
+    estimator = steps.resolve_estimator(cfg, problem, forward_mode=model.config.attention == "xla")
+    print(f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient})", file=sys.stderr)
+    if (
+        cfg.inner.lr
+        and estimator in EXACT
+        and derivative_vanishes(problem.inner_tx, model.params, min(4, cfg.num_steps))
+    ):
+        warnings.warn(
+            "the inner optimizer's step does not depend on its gradient in every step: the exact meta-gradient is 0 "
+            "there (sign-type and accumulating optimizers)",
+            stacklevel=2,
+        )
+    return estimator
+
+
+def phases(
+    cfg: Any,
+    model: Model,
+    data: build.TrainingData,
+    weighting: Weighting,
+    levels: steps.Levels,
+    problem: Problem,
+    estimator: str | None,
+) -> list[tuple[Phase, Any]]:
     """The run's phases, in order, each with the optimizer of its inner level."""
-    levels = build.levels(cfg)
     found = []
     if cfg.cold_start.num_steps:
-        problem = build.prm_problem(cfg, model, _unit_weights, levels.cold_tx)
-        step = build.plain_step(problem, levels.cold_rate, cfg.inner.clip_norm)
+        plain = problem._replace(
+            weights=uniform().apply,
+            inner_tx=levels.cold_tx,
+            num_inner_steps=1,
+            detached=True,
+            example_clip_norm=None,
+        )
+        step = steps.plain_step(plain, levels.cold_rate, cfg.cold_start.clip_norm, cfg.ema_decay)
         rows = build.rows_of(cfg, "cold_start", data.cold_start)
         stream = iter(batches.training_batches(data.cold_start, rows))
         found.append((Phase("cold_start", 0, cfg.cold_start.num_steps, step, (stream,)), levels.cold_tx))
     if cfg.num_steps:
-        problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
-        streams = [iter(batches.training_batches(data.train, build.rows_of(cfg, "train", data.train)))]
-        if cfg.weighting.name == "uniform":
-            name, step = "uniform", build.plain_step(problem, levels.inner_rate, cfg.inner.clip_norm)
+        rows = build.rows_of(cfg, "train", data.train)
+        streams = [iter(batches.training_batches(data.train, rows, cfg.num_inner_steps))]
+        if estimator is None:
+            clip_norm = cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
+            name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay)
         else:
-            name, step = "bilevel", build.weighted_step(cfg, problem, levels, weighting)
+            name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting)
             streams.append(iter(batches.training_batches(data.meta, build.rows_of(cfg, "meta", data.meta))))
         found.append((Phase(name, cfg.cold_start.num_steps, cfg.num_steps, step, tuple(streams)), levels.inner_tx))
     return found
 
 
-def _unit_weights(meta_params: Any, batch: Any, outputs: Any) -> float:
-    return 1.0
-
-
-def train(cfg: Any, workdir: Path, model: Model, run: list[tuple[Phase, Any]], weighting: Weighting) -> Snapshot:
+def train(cfg: Any, workdir: Path, run: list[tuple[Phase, Any]], state: BilevelState) -> Snapshot:
     """Runs all phases, from the newest checkpoint where there is one.
 
-    1. No checkpoint: start the first phase.
+    1. No checkpoint: start the first phase at `state`.
     2. A checkpoint inside a phase: go on there, each data stream where it stood.
     3. A checkpoint at a phase's end: start the next phase from its parameters, inner optimizer fresh.
     """
-    levels = build.levels(cfg)
-    state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params)
+    if cfg.ema_decay is not None:
+        state = bilevel.with_ema(state)
     with closing(Checkpoints(workdir, cfg.checkpoints_to_keep)) as checkpoints:
         fresh = Snapshot(state, {"phase": None, "seconds": 0.0})
         snapshot = checkpoints.restore_latest(fresh) or fresh
@@ -102,22 +139,62 @@ def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot) -> Snapshot:
     train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
     streams = [stream.get_state() for stream in phase.streams]
     progress = {**snapshot.progress, "phase": phase.name, "next_step": 0, "streams": streams}
-    return Snapshot(snapshot.state._replace(train=train_state), progress)
+    state = snapshot.state._replace(train=train_state)
+    return Snapshot(bilevel.with_ema(state) if state.ema else state, progress)
 
 
-def instance_weights(cfg: Any, data: build.TrainingData, meta_params: Any) -> list[dict[str, Any]]:
-    """The lines of instance_weights.jsonl: every training row with its weight and how often it was drawn."""
-    table = np.asarray(meta_params["table"])
-    visits = batches.count_visits(build.rows_of(cfg, "train", data.train), cfg.num_steps, len(data.train))
+def instance_weights(
+    cfg: Any, data: build.TrainingData, weighting: Weighting, state: BilevelState
+) -> list[dict[str, Any]]:
+    """The lines of instance_weights.jsonl: every training row with its weight and how often it was drawn.
+
+    The weight is the one that would be applied now; a net's is that of the row's last visit, null before the first.
+    """
+    num_rows = len(data.train)
+    if cfg.weighting.name == "net":
+        found = np.asarray(state.last_weights["rows"])
+    else:
+        every = Batch(*[None] * 6, example_id=np.arange(num_rows), example_mask=np.ones(num_rows, bool))
+        found = np.asarray(weighting.apply(state.meta_params, every, {}))
+    visits = batches.count_visits(build.rows_of(cfg, "train", data.train), cfg.num_steps, num_rows)
     lines = []
     for row, example in enumerate(data.train.examples):
-        line = {"example_id": row, "id": example.id, "weight": table[row], "visits": visits[row]}
+        weight = None if np.isnan(found[row]) else found[row]
+        line = {"example_id": row, "id": example.id, "weight": weight, "visits": visits[row]}
         lines.append(line if example.corrupted is None else {**line, "corrupted": example.corrupted})
     return lines
 
 
+def diagnostics(workdir: Path, weights: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a researcher looks at first, over the logged steps of the weighted phase.
+
+    Shares of steps with an active clip and of meta-gradients that are 0 (relative to |u| |g|), means of |v|, |u| and
+    of the cosine to the identity formula where they were logged, and the effective sample size of the final weights,
+    (sum w)^2 / sum w^2, as a share of the rows that have one.
+    """
+    rows = [row for row in read_metrics(workdir) if row["phase"] != "cold_start"]
+    names = {
+        "clip_active": "clip_active_share",
+        "example_clip_share": "example_clip_share",
+        "zero_share": "zero_share",
+        "v_norm": "v_norm",
+        "u_norm": "u_norm",
+        "identity_cosine": "identity_cosine",
+    }
+    found = {}
+    for name, title in names.items():
+        values = [row[name] for row in rows if name in row]
+        if values:
+            found[title] = float(np.mean(values))
+    known = np.array([row["weight"] for row in weights if row["weight"] is not None], np.float64)
+    if known.any():
+        found["effective_sample_share"] = float(known.sum() ** 2 / np.square(known).sum() / len(known))
+    return found
+
+
 def corruption_auroc(weights: Sequence[dict[str, Any]]) -> float | None:
     """How well the weights tell clean rows (higher) from corrupted ones; None where the truth is unknown."""
+    weights = [row for row in weights if row["weight"] is not None]
     truth = [row.get("corrupted") for row in weights]
     if None in truth or len(set(truth)) < 2:
         return None
@@ -140,23 +217,26 @@ def finish(
     model: Model,
     data: build.TrainingData,
     snapshot: Snapshot,
+    weighting: Weighting,
+    estimator: str | None,
 ) -> dict[str, Any]:
     """Evaluates the trained model and writes the run's results; summary.json last, as the mark of the end."""
     began = time.perf_counter()
     summary: dict[str, Any] = {
         "recipe": cfg.recipe,
         "weighting": cfg.weighting.name,
-        "hypergradient": cfg.hypergradient,
+        "hypergradient": estimator,
         "num_steps": cfg.num_steps,
     }
     weights = []
-    if cfg.weighting.name == "table" and cfg.num_steps:
-        weights = instance_weights(cfg, data, snapshot.state.meta_params)
+    if cfg.num_steps:
+        weights = instance_weights(cfg, data, weighting, snapshot.state)
         write_json_lines(workdir / "instance_weights.jsonl", weights)
         meta_params = {name: np.ascontiguousarray(leaf) for name, leaf in snapshot.state.meta_params.items()}
         save_file(meta_params, workdir / "meta_params.safetensors")
-        auroc = corruption_auroc(weights)
+        auroc = corruption_auroc(weights) if estimator is not None else None
         summary |= {} if auroc is None else {"auroc": auroc}
+        summary["diagnostics"] = diagnostics(workdir, weights)
     if data.test is not None:
         summary["best_of_n"] = test_best_of_n(cfg, model, data)
     summary["seconds"] = snapshot.progress["seconds"] + time.perf_counter() - began

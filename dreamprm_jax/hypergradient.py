@@ -1,11 +1,12 @@
-"""The meta-gradient: how the meta loss after one inner step changes with the weighting's parameters.
+"""The meta-gradient: how the meta loss after the inner steps changes with the weighting's parameters.
 
-    inner loss     L_in(params, meta_params) = (1/B) sum_i w_i l_i(params),   w_i = weights(meta_params, ...)
-    inner step     params' = params + U(grad L_in; opt_state, params),        U any optax transformation
+    inner loss     L_in(params, meta_params) = (1/B) sum_i c_i w_i l_i(params),  w_i = weights(meta_params, ...)
+    inner step     params' = params + U(g; opt_state, params),                   U any optax transformation
     meta-gradient  d L_meta(params'(meta_params)) / d meta_params
 
-Every estimator has the signature of `Estimator`; the inner step that it differentiates is the very
-function that plain training calls.
+c_i is 1, or the factor that clips example i's own gradient before it is weighted. The estimators differ in cost and
+memory, not in signature (`Estimator`), and all look through `inner_step`, the very function that plain training
+calls. docs/bilevel.md has the derivations and the measured costs.
 """
 
 from __future__ import annotations
@@ -15,65 +16,46 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
+from dreamprm_jax.inner import (
+    InnerPass,
+    Problem,
+    Values,
+    advance,
+    clip_factor,
+    cotangents,
+    example_gradients,
+    inner_gradient,
+    inner_step,
+    inner_steps,
+    last_batch,
+    mean_weighted_loss,
+    over_examples,
+    real_rows,
+    step_record,
+    unit_factors,
+)
+from dreamprm_jax.optimizers import norm, widen
 from dreamprm_jax.types import Batch, PyTree, TrainState
 
+Result = tuple[PyTree, TrainState, dict[str, jax.Array]]
 
-class Problem(NamedTuple):
-    """A bilevel problem as functions; nothing here knows about models, images or text.
-
-    losses: (params, batch) -> (losses [B], outputs). Row i depends on example i alone.
-    weights: (meta_params, batch, outputs) -> instance_weights [B].
-    meta_loss: (params, meta_batch) -> (loss [], aux: dict of arrays for the log).
-    inner_tx: the inner optimizer.
-    """
-
-    losses: Callable[[PyTree, Batch], tuple[jax.Array, Any]]
-    weights: Callable[[PyTree, Batch, Any], jax.Array]
-    meta_loss: Callable[[PyTree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
-    inner_tx: optax.GradientTransformation
-
-
-Estimator = Callable[[Problem, TrainState, PyTree, Batch, Batch], tuple[PyTree, TrainState, dict[str, jax.Array]]]
+Estimator = Callable[[Problem, TrainState, PyTree, Batch, Batch], Result]
 """(problem, state, meta_params, batch, meta_batch) -> (meta_grad, new_state, aux)."""
 
 
-def weighted_loss(
-    problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(1/B) sum_i w_i l_i over the B real examples of the batch, with its parts for the log."""
-    losses, outputs = problem.losses(params, batch)
-    weights = problem.weights(meta_params, batch, outputs)
-    count = jnp.maximum(jnp.sum(batch.example_mask), 1)
-    total = jnp.sum(jnp.where(batch.example_mask, weights * losses, 0.0)) / count
-    mean = jnp.sum(jnp.where(batch.example_mask, losses, 0.0)) / count
-    return total, {"weighted_loss": total, "inner_loss": mean, "losses": losses, "instance_weights": weights}
+def unrolled(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """`jax.grad` straight through the optimizer steps: the definition, and the reference for all others.
 
-
-def inner_step(
-    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the weighted loss: plain training, and what the meta loss looks through."""
-    grads, aux = jax.grad(weighted_loss, argnums=1, has_aux=True)(problem, state.params, meta_params, batch)
-    updates, opt_state = problem.inner_tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    aux["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, params, opt_state), aux
-
-
-def unrolled(
-    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch
-) -> tuple[PyTree, TrainState, dict[str, jax.Array]]:
-    """`jax.grad` straight through the optimizer step: the definition, and the reference for all others.
-
-    Invariant: exact for any optax transformation and any weighting, weights that depend on the model
-    included. Costs about 8 forward passes (a plain step: 3) and keeps the activations of both passes. The
-    advanced inner state comes back through `has_aux`: nothing is computed twice.
+    Invariant: exact for any optax transformation, any weighting and any number of inner steps. Costs about 8 forward
+    passes at one inner step (a plain step: 3) and keeps the activations of all passes.
     """
 
     def objective(meta_params: PyTree) -> tuple[jax.Array, tuple[TrainState, dict[str, jax.Array]]]:
-        new_state, aux = inner_step(problem, state, meta_params, batch)
+        new_state, aux = inner_steps(problem, state, meta_params, batch)
         loss, meta_aux = problem.meta_loss(new_state.params, meta_batch)
         return loss, (new_state, {**aux, **meta_aux, "meta_loss": loss})
 
@@ -81,4 +63,417 @@ def unrolled(
     return meta_grad, new_state, aux
 
 
-ESTIMATORS: dict[str, Estimator] = {"unrolled": unrolled}
+def dot(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """Each example's unweighted gradient, kept from the inner step, times u.
+
+    Invariant: dL_meta/dw_i = c_i <u, grad l_i> / B, u = (dU/dg)^T grad L_meta(params'); exact for one inner step
+    and weights that are detached from the model. At B = 1 it costs one training and one meta gradient and nothing
+    more, which is the floor; at B > 1 it keeps B copies of the parameters' size. The gradients are weighted after
+    they are taken, since a weight of 0 would leave nothing to divide by.
+    """
+    check_estimator(problem, "dot")
+    values, gradients = example_gradients(problem, state.params, batch)  # leaves [B, ...]
+    norms = jax.vmap(norm)(gradients)
+    factors = clip_factor(problem, norms)
+    coefficients = cotangents(problem, meta_params, batch, values, factors)[0]  # [B]: c_i w_i / B
+    grads = jax.tree.map(lambda leaf: jnp.einsum("b,b...->...", coefficients, leaf).astype(leaf.dtype), gradients)
+    new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
+    slopes, scales = jax.vmap(lambda gradient: _slope_and_scale(u, gradient))(gradients)  # [B]: <u, grad l_i>
+    slopes, zero = _drop_residues(slopes, scales)
+    meta_grad = _meta_slope(problem, meta_params, batch, values, (slopes, None), factors)
+    record = step_record(problem, meta_params, batch, values, factors, grads)
+    return meta_grad, new_state, {**record, **meta_aux, "zero_share": _share(batch, zero)}
+
+
+def recompute(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """Each example's gradient taken again, one by one, times u.
+
+    Invariant: that of `dot`. Reverse mode alone, so it serves attention kernels without forward mode; 9 forward
+    passes, and the memory of one gradient whatever B is.
+    """
+    check_estimator(problem, "recompute")
+    grads, inner = inner_gradient(problem, state.params, meta_params, batch)
+    new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
+
+    def slope(example: Batch) -> tuple[jax.Array, jax.Array]:
+        return _slope_and_scale(u, jax.grad(lambda params: jnp.sum(problem.losses(params, example)[0]))(state.params))
+
+    slopes, zero = _drop_residues(*over_examples(slope, batch))
+    meta_grad = _meta_slope(problem, meta_params, batch, inner.values, (slopes, None), inner.factors)
+    return meta_grad, new_state, {**inner.record, **meta_aux, "zero_share": _share(batch, zero)}
+
+
+def tangent(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """The slope of the per-example losses along u, from one linearisation that the inner gradient shares.
+
+    Invariant: with J the derivative of (losses, outputs) and h their weighted mean, the inner gradient is
+    J^T grad h and the meta-gradient d<grad h, J u>/d meta_params; weights that depend on the model are covered. One
+    inner step; about 8 forward passes; the activations of the inner pass are kept until u is known.
+    """
+    check_estimator(problem, "tangent")
+    if problem.example_clip_norm is not None:  # its gradient is taken example by example: nothing to share
+        return tangent_recomputed(problem, state, meta_params, batch, meta_batch)
+    values, push = jax.linearize(lambda params: problem.losses(params, batch), state.params)
+    factors = unit_factors(values)
+    (grads,) = jax.linear_transpose(push, state.params)(cotangents(problem, meta_params, batch, values, factors))
+    inner = InnerPass(values, factors, None, step_record(problem, meta_params, batch, values, factors, grads))
+    return _along_u(problem, state, meta_params, batch, meta_batch, grads, inner, push)
+
+
+def tangent_recomputed(
+    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch
+) -> Result:
+    """`tangent` with the losses pushed forward anew (`jax.jvp`): 9 forward passes, no activations kept.
+
+    Invariant: that of `tangent`; an active clip per example is a constant of its one step.
+    """
+    check_estimator(problem, "tangent_recomputed")
+    grads, inner = inner_gradient(problem, state.params, meta_params, batch)
+
+    def push(direction: PyTree) -> Values:
+        return jax.jvp(lambda params: problem.losses(params, batch), (state.params,), (direction,))[1]
+
+    return _along_u(problem, state, meta_params, batch, meta_batch, grads, inner, push)
+
+
+def _along_u(
+    problem: Problem,
+    state: TrainState,
+    meta_params: PyTree,
+    batch: Batch,
+    meta_batch: Batch,
+    grads: PyTree,
+    inner: InnerPass,
+    push: Callable[[PyTree], Values],
+) -> Result:
+    """What both tangents share: step, look back, push u forward."""
+    new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
+    slopes, outputs_slope = push(u)
+    if problem.detached:
+        # No example's own gradient is at hand; the batch's, over its largest coefficient, is just that at B = 1.
+        coefficients = cotangents(problem, meta_params, batch, inner.values, inner.factors)[0]
+        largest = jnp.max(jnp.abs(coefficients))
+        scale = _slope_and_scale(u, grads)[1] / jnp.where(largest > 0, largest, jnp.inf)
+        slopes, zero = _drop_residues(slopes, scale)
+        meta_aux["zero_share"] = _share(batch, zero)
+    meta_grad = _meta_slope(problem, meta_params, batch, inner.values, (slopes, outputs_slope), inner.factors)
+    return meta_grad, new_state, {**inner.record, **meta_aux}
+
+
+def mixed(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """Reverse through the optimizer steps, forward over reverse through each step's gradient.
+
+    Invariant: exact for any number of inner steps. The gradient g(params, meta_params) has a rule of its own: a
+    cotangent of g needs <cotangent, g> differentiated, which is one `jax.jvp` of g along it. So no activations are
+    kept from one inner step to the next, only params, moments and g.
+    """
+
+    def step(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch) -> tuple[TrainState, Any]:
+        remembered = jax.checkpoint(
+            lambda *args: inner_step(problem, *args, gradient=_forward_over_reverse),
+            policy=jax.checkpoint_policies.save_only_these_names(_KEPT),
+        )
+        return remembered(state, meta_params, batch)
+
+    def final_params(meta_params: PyTree) -> tuple[PyTree, tuple[TrainState, dict[str, jax.Array]]]:
+        new_state, record = inner_steps(problem, state, meta_params, batch, step)
+        return new_state.params, (new_state, record)
+
+    params, pull, (new_state, record) = jax.vjp(final_params, meta_params, has_aux=True)
+    (loss, meta_aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(params, meta_batch)
+    (meta_grad,) = pull(v)
+    return meta_grad, new_state, {**record, **meta_aux, "meta_loss": loss, "v_norm": norm(v)}
+
+
+_KEPT = "inner_gradient"  # of all that an inner step computes, what `mixed` keeps for the way back
+
+
+def _forward_over_reverse(
+    problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch
+) -> tuple[PyTree, InnerPass]:
+    """`inner_gradient` with the reverse rule of `mixed`."""
+
+    @jax.custom_vjp
+    def gradient(params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
+        return inner_gradient(problem, params, meta_params, batch)
+
+    def forward(params: PyTree, meta_params: PyTree, batch: Batch) -> Any:
+        grads, inner = inner_gradient(problem, params, meta_params, batch)
+        grads, factors, norms = jax.tree.map(
+            lambda leaf: checkpoint_name(leaf, _KEPT), (grads, inner.factors, inner.example_norms)
+        )
+        return (grads, inner), (params, meta_params, batch, factors, norms)
+
+    def backward(residuals: Any, cotangent: Any) -> tuple[PyTree, PyTree, None]:
+        params, meta_params, batch, factors, norms = residuals
+        direction, _ = cotangent  # the rest is for the log; nobody differentiates it
+        slopes = _gradient_slopes(problem, params, meta_params, batch, factors, direction)
+        params_slope, meta_slope, factors_slope = slopes
+        if problem.example_clip_norm is not None:
+            clip_slope = _clip_slope(problem, params, batch, factors, norms, factors_slope)
+            params_slope = jax.tree.map(jnp.add, params_slope, clip_slope)
+        return params_slope, meta_slope, None
+
+    gradient.defvjp(forward, backward)
+    return gradient(params, meta_params, batch)
+
+
+def _gradient_slopes(
+    problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch, factors: jax.Array, direction: PyTree
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """The derivatives of <direction, g> with respect to params (factors held), meta_params and factors.
+
+    g = J^T gamma(values). With s = J direction, the one in params is J^T (d gamma / d values)^T s plus the curvature
+    of the values along direction: forward mode through g, except that gamma's derivative is *transposed*. Where the
+    weights are detached, gamma is no gradient and its derivative not symmetric, so the transpose is spelt out.
+    """
+
+    def gamma(meta_params: PyTree, values: Values, factors: jax.Array) -> Values:
+        return cotangents(problem, meta_params, batch, values, factors)
+
+    @jax.custom_jvp
+    def transposed(values: Values) -> Values:
+        return gamma(meta_params, values, factors)
+
+    @transposed.defjvp
+    def _(primals: tuple[Values], tangents: tuple[Values]) -> tuple[Values, Values]:
+        out, pull = jax.vjp(lambda values: gamma(meta_params, values, factors), *primals)
+        return out, pull(*tangents)[0]
+
+    def pulled(params: PyTree) -> tuple[PyTree, Values]:
+        values, pull = jax.vjp(lambda params: problem.losses(params, batch), params)
+        return pull(transposed(values))[0], values
+
+    (_, values), (params_slope, values_slope) = jax.jvp(pulled, (params,), (direction,))
+    _, pull = jax.vjp(lambda meta_params, factors: gamma(meta_params, values, factors), meta_params, factors)
+    meta_slope, factors_slope = pull(values_slope)
+    return params_slope, meta_slope, factors_slope
+
+
+def _clip_slope(
+    problem: Problem, params: PyTree, batch: Batch, factors: jax.Array, norms: jax.Array, slopes: jax.Array
+) -> PyTree:
+    """sum_i slopes_i d c_i / d params, with c_i = clip / |grad l_i| where it is active: one jvp of each gradient."""
+    active = norms > problem.example_clip_norm
+    scales = jnp.where(active, -slopes * factors / jnp.where(active, jnp.square(norms), 1.0), 0.0)
+
+    def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
+        example, scale = row
+        gradient = jax.grad(lambda params: jnp.sum(problem.losses(params, example)[0]))
+        direction = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), gradient(params))
+        _, curvature = jax.jvp(gradient, (params,), (direction,))
+        return jax.tree.map(jnp.add, total, curvature), None
+
+    rows = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (rows, scales))
+    return total
+
+
+def identity(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """The published formula without its noise: -d/d meta_params of the slope of L_in at params' along v.
+
+    It takes the optimizer for plain descent at rate 1 and the gradient for the one at params' (Betty's `darts`,
+    REFERENCE 3). Not the derivative of anything; for comparison. Looks at the last inner step alone.
+    """
+    new_state, aux, meta_aux, v = _published_parts(problem, state, meta_params, batch, meta_batch)
+    batch = last_batch(problem, batch)
+    losses = lambda params: problem.losses(params, batch)  # noqa: E731
+    values, slopes = jax.jvp(losses, (new_state.params,), (v,))
+    problem = problem._replace(detached=False)  # the slope of L_in itself, as its differences have it
+    meta_grad = _meta_slope(problem, meta_params, batch, values, slopes, unit_factors(values))
+    return jax.tree.map(jnp.negative, meta_grad), new_state, {**aux, **meta_aux}
+
+
+def published_fd(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
+    """`identity` by the published finite difference: params' +- eps v with eps = 0.01 / |v| (REFERENCE 3)."""
+    new_state, aux, meta_aux, v = _published_parts(problem, state, meta_params, batch, meta_batch)
+    batch = last_batch(problem, batch)
+    eps = 0.01 / (meta_aux["v_norm"] + 1e-15)
+
+    def slope(sign: float) -> PyTree:
+        params = jax.tree.map(lambda p, d: (p + sign * eps * d).astype(p.dtype), new_state.params, v)
+        values = problem.losses(params, batch)
+        loss = lambda meta_params: mean_weighted_loss(problem, meta_params, batch, values, unit_factors(values))[0]  # noqa: E731
+        return jax.grad(loss)(meta_params)
+
+    meta_grad = jax.tree.map(lambda plus, minus: (minus - plus) / (2 * eps), slope(1.0), slope(-1.0))
+    return meta_grad, new_state, {**aux, **meta_aux}
+
+
+def _published_parts(
+    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch
+) -> tuple[TrainState, dict[str, Any], dict[str, Any], PyTree]:
+    new_state, aux = inner_steps(problem, state, meta_params, batch)
+    (loss, meta_aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(new_state.params, meta_batch)
+    return new_state, aux, {**meta_aux, "meta_loss": loss, "v_norm": norm(v)}, v
+
+
+def _look_back(
+    problem: Problem, state: TrainState, grads: PyTree, meta_batch: Batch
+) -> tuple[TrainState, PyTree, dict[str, Any]]:
+    """The step, and u: the meta loss's gradient at params' pulled back through the optimizer onto `grads`."""
+    params, pull, new_state = jax.vjp(lambda grads: advance(problem, state, grads), grads, has_aux=True)
+    (loss, aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(params, meta_batch)
+    (u,) = pull(v)
+    return new_state, u, {**aux, "meta_loss": loss, "v_norm": norm(v), "u_norm": norm(u)}
+
+
+def _meta_slope(
+    problem: Problem,
+    meta_params: PyTree,
+    batch: Batch,
+    values: Values,
+    values_slope: tuple[jax.Array, Any],
+    factors: jax.Array,
+) -> PyTree:
+    """d/d meta_params of <grad h, values_slope>: what the slopes of losses and outputs mean for the weights.
+
+    An outputs' part of None stands for zeros.
+    """
+    losses_slope, outputs_slope = values_slope
+    if outputs_slope is None:
+        outputs_slope = jax.tree.map(jnp.zeros_like, values[1])
+    _, pull = jax.vjp(lambda meta_params: cotangents(problem, meta_params, batch, values, factors), meta_params)
+    return pull((losses_slope, outputs_slope))[0]
+
+
+def _slope_and_scale(u: PyTree, gradient: PyTree) -> tuple[jax.Array, jax.Array]:
+    """<u, gradient>, and the sum of its terms' sizes, which its rounding error is proportional to."""
+    u, gradient = widen(u), widen(gradient)
+    return optax.tree.vdot(u, gradient), optax.tree.vdot(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
+
+
+def _drop_residues(slopes: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Slopes [B] that are rounding residues become 0; also says which, [B] bool.
+
+    Where the truth is 0 (B = 1 and an active clip), floating point leaves about one part in 1e7 of the terms, which an
+    outer optimizer that normalises would blow up to a full step. 8 units of rounding: 1e-6 in float32. The scale is
+    sum |u_k g_k|, not |u| |g|: where an entry never had a gradient (the embedding of an unused token), Adam's
+    derivative is 1/eps, and such entries alone make |u| thousands of times larger than anything that g meets.
+    """
+    zero = jnp.abs(slopes) <= 8 * jnp.finfo(slopes.dtype).eps * scales
+    return jnp.where(zero, 0.0, slopes), zero
+
+
+def _share(batch: Batch, flags: jax.Array) -> jax.Array:
+    mask = real_rows(batch, flags)
+    return jnp.sum(flags & mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+_DETACHED_ONLY = ("dot", "recompute")
+_ONE_STEP_ONLY = ("dot", "recompute", "tangent", "tangent_recomputed")
+
+
+def check_estimator(problem: Problem, name: str) -> None:
+    """Raises ValueError where the estimator of that name would not be what it says for this problem."""
+    if name in _ONE_STEP_ONLY and problem.num_inner_steps != 1:
+        raise ValueError(f"{name} looks through one inner step, not {problem.num_inner_steps}: use mixed or unrolled")
+    if name in _DETACHED_ONLY and not problem.detached:
+        raise ValueError(f"{name} needs weights that are detached from the model: use tangent, mixed or unrolled")
+
+
+def choose(problem: Problem, batch_size: int, *, forward_mode: bool = True, remat: bool = False) -> str:
+    """The name of the cheapest exact estimator for a problem: what `hypergradient=auto` means.
+
+    Args:
+      problem: its inner steps, detachment and clip decide.
+      batch_size: B of one inner step.
+      forward_mode: whether the losses can be pushed forward (`jax.jvp`); fused attention kernels cannot.
+      remat: whether the model recomputes its activations anyway, so that a linearisation would save nothing.
+
+    Raises:
+      ValueError: no exact estimator can do it.
+    """
+    if problem.num_inner_steps == 1:
+        if batch_size == 1 and problem.detached:
+            return "dot"
+        if forward_mode:
+            return "tangent_recomputed" if remat or problem.example_clip_norm is not None else "tangent"
+        if problem.detached:
+            return "recompute"
+    elif forward_mode:
+        return "mixed"
+    raise ValueError(
+        "no exact estimator: several inner steps, or weights that are not detached, need forward mode, which this "
+        "attention kernel lacks; use attention=xla"
+    )
+
+
+class MetaGradientCheck(NamedTuple):
+    """Relative errors of a meta-gradient: distances over the norm of the one from `unrolled`."""
+
+    against_unrolled: float
+    against_differences: float
+    norm: float
+
+
+def check_meta_gradient(
+    problem: Problem,
+    estimate: Estimator,
+    state: TrainState,
+    meta_params: PyTree,
+    batch: Batch,
+    meta_batch: Batch,
+    *,
+    key: jax.Array,
+    step: float = 1e-3,
+    num_directions: int = 2,
+    tolerance: float | None = None,
+) -> MetaGradientCheck:
+    """Compares an estimator with `unrolled` and with differences of the meta loss, for losses of your own.
+
+    The differences are central, along random directions in meta_params, Richardson-extrapolated to order `step`^6.
+    Call it in float64 (`with jax.enable_x64(True)` and float64 parameters), where exact estimators agree to about
+    1e-10, and with warm moments: Adam's first step is nearly sign(g), whose derivative no difference can see.
+
+    Returns:
+      The errors; they are also checked where `tolerance` is given.
+
+    Raises:
+      ValueError: an error above `tolerance`, or a value that is not finite.
+    """
+
+    def meta_loss(meta_params: PyTree) -> jax.Array:
+        new_state, _ = inner_steps(problem, state, meta_params, batch)
+        return problem.meta_loss(new_state.params, meta_batch)[0]
+
+    @jax.jit
+    def both(meta_params: PyTree) -> tuple[PyTree, PyTree]:
+        exact, _, _ = unrolled(problem, state, meta_params, batch, meta_batch)
+        return exact, estimate(problem, state, meta_params, batch, meta_batch)[0]
+
+    @jax.jit
+    def slope(direction: PyTree, step: float) -> jax.Array:
+        at = lambda t: meta_loss(jax.tree.map(lambda leaf, d: leaf + t * d, meta_params, direction))  # noqa: E731
+        return (at(step) - at(-step)) / (2 * step)
+
+    exact, estimated = both(meta_params)
+    size = float(norm(exact))
+    scale = size if size > 0 else 1.0
+    differences: list[float] = []
+    for one in jax.random.split(key, num_directions):
+        direction = optax.tree.random_like(one, meta_params)
+        direction = jax.tree.map(lambda leaf: leaf / norm(direction), direction)  # noqa: B023
+        whole, half, quarter = (slope(direction, step / n) for n in (1, 2, 4))
+        numeric = (64 * quarter - 20 * half + whole) / 45
+        differences.append(abs(float(numeric - optax.tree.vdot(direction, estimated))) / scale)
+    distance = float(norm(jax.tree.map(jnp.subtract, estimated, exact))) / scale
+    check = MetaGradientCheck(distance, float(np.max(differences)), size)  # np.max keeps a NaN
+    if tolerance is not None and not (distance <= tolerance and check.against_differences <= tolerance):
+        raise ValueError(f"the meta-gradient is off by more than {tolerance}: {check}")
+    return check
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "unrolled": unrolled,
+    "dot": dot,
+    "tangent": tangent,
+    "tangent_recomputed": tangent_recomputed,
+    "recompute": recompute,
+    "mixed": mixed,
+    "identity": identity,
+    "published_fd": published_fd,
+}
+
+EXACT = tuple(name for name in ESTIMATORS if name not in ("identity", "published_fd"))
+"""The estimators that give the derivative, not a stand-in for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,39 @@ def warmup_cosine(peak: float, num_steps: int, warmup_fraction: float = 0.05) ->
     return schedule
 
 
+def warmup_cosine_as_published(peak: float, num_steps: int, warmup_fraction: float = 0.05) -> Schedule:
+    """transformers' cosine with a warm-up of `warmup_fraction * num_steps` steps, a fraction of a step included.
+
+    Its first rate is 0, so the first step of either level moves nothing.
+    """
+    warmup_steps = warmup_fraction * num_steps
+
+    def schedule(count: jax.Array) -> jax.Array:
+        warm = count / max(1.0, warmup_steps)
+        progress = (count - warmup_steps) / max(1.0, num_steps - warmup_steps)
+        cosine = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
+        return peak * jnp.where(count < warmup_steps, warm, cosine)
+
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
+    "usual": warmup_cosine,
+    "published": warmup_cosine_as_published,
+}
+"""(peak, num_steps) -> schedule."""
+
+
+def widen(tree: Any) -> Any:
+    """Leaves as float32 at least: bfloat16 has 8 bits, so that 0.999 is 1 in it and sums of many terms stand still."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+
+def norm(tree: Any) -> jax.Array:
+    """Global norm, added up in float32 at least."""
+    return optax.tree.norm(widen(tree))
+
+
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """sqrt with derivative 0 at 0, where the true one is infinite.
 
@@ -37,6 +71,17 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def _moments(state: optax.ScaleByAdamState, grads: Any, b1: float, b2: float) -> tuple[Any, Any]:
+    """Adam's next moments, computed in float32 at least and rounded once to the type they are kept in."""
+
+    def mix(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+        return (decay * widen(old) + (1 - decay) * new).astype(old.dtype)
+
+    mu = jax.tree.map(lambda m, g: mix(m, widen(g), b1), state.mu, grads)
+    nu = jax.tree.map(lambda v, g: mix(v, jnp.square(widen(g)), b2), state.nu, grads)
+    return mu, nu
 
 
 def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
@@ -48,14 +93,11 @@ def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
+        mu, nu = _moments(state, grads, b1, b2)
         correction1 = 1 - b1 ** count.astype(jnp.float32)
         correction2 = 1 - b2 ** count.astype(jnp.float32)
         updates = jax.tree.map(
-            lambda m, v: (m / correction1) / (safe_sqrt(v / correction2) + eps),
-            mu,
-            nu,
+            lambda m, v: ((widen(m) / correction1) / (safe_sqrt(widen(v) / correction2) + eps)).astype(m.dtype), mu, nu
         )
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
@@ -71,20 +113,59 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def adamw(
-    learning_rate: Schedule, *, weight_decay: float, eps: float = 1e-8, clip_norm: float | None = None
-) -> optax.GradientTransformation:
-    """The inner optimizer: optional clip by global norm, meta-safe Adam, decoupled decay on matrices.
+def clip_by_global_norm(clip_norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` whose derivative is finite at a gradient of 0 (a batch whose weights are all 0)."""
 
-    The clip acts on the gradient of the *weighted* loss. At batch size 1 an active clip makes the update
-    independent of the weight, so the meta-gradient of that step is truly 0.
-    """
+    def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        size = safe_sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(widen(grads))))
+        active = size > clip_norm
+        factor = jnp.where(active, clip_norm / jnp.where(active, size, 1.0), 1.0)
+        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adamw(
+    learning_rate: Schedule, *, weight_decay: float, eps: float = 1e-8, decay_all: bool = False
+) -> optax.GradientTransformation:
+    """Meta-safe Adam with decoupled decay, on matrices and embeddings or on all parameters."""
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm is not None else optax.identity(),
         scale_by_adam_meta_safe(eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(weight_decay, mask=None if decay_all else decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _one_minus_power(base: float, count: jax.Array) -> jax.Array:
+    """1 - base^count to full precision: as a float32, 0.999 alone puts 1e-5 of error into 1 - 0.999."""
+    return -jnp.expm1(count * math.log(base))
+
+
+def hf_adamw(
+    learning_rate: Schedule, *, weight_decay: float, eps: float = 1e-6, b1: float = 0.9, b2: float = 0.999
+) -> optax.GradientTransformation:
+    """transformers' own AdamW, which the published code uses (REFERENCE 3), with a derivative that is finite.
+
+    It differs from the usual one in two places: eps is added to sqrt(v) before the bias correction, and the decay
+    acts on every parameter *after* the step: p' = p - lr c m / (sqrt(v) + eps); p' - lr decay p'.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
+        rate, count = learning_rate(state.count), state.count + 1
+        mu, nu = _moments(state, grads, b1, b2)
+        size = rate * jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
+
+        def change(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            step = -size * widen(m) / (safe_sqrt(widen(v)) + eps)
+            return (step - rate * weight_decay * (p + step)).astype(p.dtype)
+
+        return jax.tree.map(change, params, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 class PerEntryState(NamedTuple):
@@ -128,8 +209,8 @@ def per_entry_rmsprop(
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
 
-def divide_by_inner_rate(inner_rate: Schedule) -> optax.GradientTransformation:
-    """Divides the meta-gradient by the inner learning rate of the same step.
+def divide_by_inner_rate(inner_rate: Schedule, num_inner_steps: int = 1) -> optax.GradientTransformation:
+    """Divides the meta-gradient by the inner learning rate of the same iteration (the mean over its inner steps).
 
     The exact meta-gradient is proportional to that rate (at 5e-5 about 20,000 times smaller than the
     gradient of the loss it looks through): undivided, a clip at 1 never acts, Adam's epsilon eats it, and
@@ -137,7 +218,34 @@ def divide_by_inner_rate(inner_rate: Schedule) -> optax.GradientTransformation:
     """
 
     def factor(count: jax.Array) -> jax.Array:
-        rate = inner_rate(count)
+        rate = jnp.mean(jax.vmap(inner_rate)(count * num_inner_steps + jnp.arange(num_inner_steps)))
         return jnp.where(rate > 0, 1.0 / jnp.where(rate > 0, rate, 1.0), 0.0)
 
     return optax.scale_by_schedule(factor)
+
+
+def derivative_vanishes(tx: optax.GradientTransformation, params: Any, num_steps: int = 4) -> bool:
+    """Whether an optimizer's step sometimes does not depend on its gradient at all: a warning is due.
+
+    Sign-type optimizers never depend on it, accumulating ones only in every n-th step; the exact meta-gradient is 0
+    there. The optimizer is tried on stand-ins for `params`, same tree and rank, at most 2 wide. The first step does
+    not count: a schedule may begin at 0.
+    """
+    small = jax.tree.map(lambda leaf: jnp.ones([min(2, n) for n in leaf.shape], leaf.dtype), params)
+
+    @jax.jit
+    def look_back(grads: Any, state: Any) -> tuple[Any, Any]:
+        _, pull, state = jax.vjp(lambda grads: tx.update(grads, state, small), grads, has_aux=True)
+        return pull(small)[0], state
+
+    state, silent = tx.init(small), []
+    for step in range(num_steps):
+        grads = jax.tree.map(lambda leaf: (jnp.arange(leaf.size) + 1.0 + step).reshape(leaf.shape), small)  # noqa: B023
+        u, state = look_back(grads, state)
+        silent.append(not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(u)))
+    return any(silent[1:])
+
+
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
+    """Moving average of the parameters, for scoring: decay ema + (1 - decay) params."""
+    return jax.tree.map(lambda average, leaf: decay * average + (1 - decay) * leaf, ema, params)

@@ -96,7 +96,7 @@ def weight_groups(weights: Sequence[dict[str, Any]], domains: Sequence[str | Non
     """The weights by source, told apart by corruption where that is known; rows that were never drawn are left out."""
     groups = defaultdict(list)
     for row, domain in zip(weights, domains, strict=True):
-        if not row["visits"]:
+        if not row["visits"] or row["weight"] is None:
             continue
         truth = ", corrupted" if row.get("corrupted") else ""
         groups[f"{domain or 'all rows'}{truth}"].append(row["weight"])

@@ -113,6 +113,8 @@ def _line(phase: Phase, step: int, batch: Batch, metrics: dict[str, Any]) -> dic
     line = {"step": phase.first_step + step, "phase": phase.name, "example_ids": example_ids, **metrics}
     if "instance_weights" in line:
         line["instance_weights"] = line["instance_weights"][real]
-    if "meta_grad" in line:
+    if isinstance(line.get("meta_grad"), np.ndarray):  # of a table: by row; a net's is a dict by parameter
         line["meta_grad"] = dict(zip(map(str, example_ids), line["meta_grad"][real].tolist(), strict=True))
+    if "identity_cosine" in line and np.isnan(line["identity_cosine"]):
+        del line["identity_cosine"]  # taken every so many steps
     return line

@@ -51,3 +51,5 @@ class BilevelState(NamedTuple):
     train: TrainState
     meta_params: PyTree
     meta_opt_state: PyTree
+    ema: PyTree  # moving average of params, for scoring; {} where none is kept
+    last_weights: PyTree  # {"rows": [N]}: each training row's weight when last seen, NaN before; {} if not asked for

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,13 @@ class Weighting(NamedTuple):
 
     init: Callable[[], PyTree]
     apply: Callable[[PyTree, Batch, Any], jax.Array]
-    project: Callable[[PyTree], PyTree]
+    project: Callable[[PyTree], PyTree] = lambda meta_params: meta_params
+
+
+def clip_as_published(x: jax.Array, minimum: float, maximum: float) -> jax.Array:
+    """clamp with torch's derivative: 1 inside and on the bounds, 0 outside (`jnp.clip` has 0.5 on them)."""
+    inside = (x >= minimum) & (x <= maximum)
+    return jnp.where(inside, x, jax.lax.stop_gradient(jnp.clip(x, minimum, maximum)))
 
 
 def uniform() -> Weighting:
@@ -34,24 +40,154 @@ def uniform() -> Weighting:
     def apply(meta_params: PyTree, batch: Batch, outputs: Any) -> jax.Array:
         return jnp.ones(batch.example_id.shape, jnp.float32)
 
-    return Weighting(init=dict, apply=apply, project=lambda meta_params: meta_params)
+    return Weighting(init=dict, apply=apply)
 
 
-def instance_table(num_examples: int, minimum: float, maximum: float) -> Weighting:
-    """One free weight per training instance (DreamPRM-1.5's Instance Table), `{"table": [num_examples]}`.
+def instance_table(num_examples: int, activation: str, minimum: float, maximum: float) -> Weighting:
+    """One free parameter per training instance (DreamPRM-1.5's Instance Table), `{"table": [num_examples]}`.
 
-    Starts at 1. The range is kept by projecting after each outer step, not by clipping when reading: a clip
-    has derivative 0 outside its range (and 0.5 on its bounds in JAX), so an entry that left it would never
-    come back, while its raw value went on drifting.
+    Every instance starts at weight 1.
+
+    Args:
+      num_examples: rows of the training set; `example_id` indexes them.
+      activation: how a raw entry becomes a weight.
+        "projected": as it stands, kept in [minimum, maximum] by projection after each outer step, so that an entry
+          on its bound can come back. A clip when reading has derivative 0 outside the range: what left it is lost
+          while its raw value drifts on.
+        "clip": that clip, as published (range -1 to 3).
+        "softplus": log(1 + e^x), positive and unbounded. "sigmoid": `maximum` sigmoid(x).
+      minimum, maximum: the range; "softplus" has none, "sigmoid" begins at 0.
+
+    Raises:
+      ValueError: an unknown activation.
     """
+    readings: dict[str, tuple[float, Callable[[jax.Array], jax.Array]]] = {
+        "projected": (1.0, lambda x: x),
+        "clip": (1.0, lambda x: clip_as_published(x, minimum, maximum)),
+        "softplus": (_softplus_inverse(1.0), jax.nn.softplus),
+        "sigmoid": (_logit(1.0 / maximum) if maximum > 1 else 0.0, lambda x: maximum * jax.nn.sigmoid(x)),
+    }
+    start, read = _choose("activation", activation, readings)
 
     def init() -> PyTree:
-        return {"table": jnp.ones((num_examples,), jnp.float32)}
+        return {"table": jnp.full((num_examples,), start, jnp.float32)}
 
     def apply(meta_params: PyTree, batch: Batch, outputs: Any) -> jax.Array:
-        return meta_params["table"][batch.example_id]
+        return read(meta_params["table"][batch.example_id])
 
     def project(meta_params: PyTree) -> PyTree:
+        if activation != "projected":
+            return meta_params
         return {"table": jnp.clip(meta_params["table"], minimum, maximum)}
 
     return Weighting(init, apply, project)
+
+
+def domain_table(domain_of_row: Sequence[int], num_domains: int) -> Weighting:
+    """One weight per source (DreamPRM, arXiv 2505.20241): softplus over its mean, `{"table": [num_domains]}`.
+
+    The weights' mean is 1 at all times, so that domains can only gain at each other's expense.
+
+    Args:
+      domain_of_row: [N], each training row's domain.
+      num_domains: domains in all.
+    """
+    rows = tuple(domain_of_row)  # a constant of the program, not a parameter
+
+    def init() -> PyTree:
+        return {"table": jnp.zeros((num_domains,), jnp.float32)}
+
+    def apply(meta_params: PyTree, batch: Batch, outputs: Any) -> jax.Array:
+        weights = jax.nn.softplus(meta_params["table"])  # [domains]
+        return (weights / jnp.mean(weights))[jnp.asarray(rows, jnp.int32)[batch.example_id]]
+
+    return Weighting(init, apply)
+
+
+FEATURES: dict[str, Callable[[dict[str, jax.Array]], jax.Array]] = {
+    # Softmax over the two label logits at each step, "+" first: the published features.
+    "label_probs": lambda outputs: jax.nn.softmax(outputs["label_logits"], axis=-1),
+    "loss": lambda outputs: outputs["step_losses"][..., None],  # cross entropy of the step's label, full vocabulary
+    "prob": lambda outputs: jax.nn.softmax(outputs["label_logits"], axis=-1)[..., :1],  # P("+") over the two labels
+    "label": lambda outputs: 2.0 * outputs["label_is_plus"][..., None] - 1.0,  # the step's label: 1 or -1
+    "hidden": lambda outputs: outputs["hidden"],  # the last hidden state, as in the paper
+}
+"""What the net sees of a step, [B, S, features] each, from the outputs of `Problem.losses`."""
+
+
+def instance_net(
+    features: Sequence[str],
+    num_inputs: int,
+    activation: str,
+    key: jax.Array,
+    hidden: int = 10,
+    zero_output: bool = False,
+) -> Weighting:
+    """A small MLP that predicts the weight (DreamPRM-1.5's Instance Net).
+
+    Each step's features -> Linear(hidden) -> LeakyReLU -> Linear(1), mean over the row's steps, activation. Its
+    meta_params are `hidden.kernel` [num_inputs, hidden], `hidden.bias`, `output.kernel` [hidden, 1], `output.bias`.
+
+    Args:
+      features: names in `FEATURES`, concatenated in this order.
+      num_inputs: their widths together.
+      activation: "sigmoid" (paper and published code) | "softplus" | "clip" (to [-1, 3]) | "softmax": B times the
+        softmax over the batch's real rows, so that rows compete and the mean weight is 1 (DataRater).
+      key: of the layers, uniform within 1/sqrt(inputs) as torch's Linear.
+      hidden: width of the hidden layer.
+      zero_output: the output layer starts at 0, so that every instance starts with the same weight. A random one, as
+        published, prefers some rows for no reason.
+
+    Raises:
+      ValueError: an unknown feature or activation.
+    """
+    columns = [_choose("features", name, FEATURES) for name in features]
+    read = _choose("activation", activation, _NET_ACTIVATIONS)
+
+    def init() -> PyTree:
+        keys = jax.random.split(key, 4)
+        last = 0.0 if zero_output else hidden**-0.5
+        bounds = (num_inputs**-0.5, num_inputs**-0.5, last, last)
+        shapes = ((num_inputs, hidden), (hidden,), (hidden, 1), (1,))
+        names = ("hidden.kernel", "hidden.bias", "output.kernel", "output.bias")
+        return {
+            name: bound * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+            for name, shape, bound, key in zip(names, shapes, bounds, keys, strict=True)
+        }
+
+    def apply(meta_params: PyTree, batch: Batch, outputs: dict[str, jax.Array]) -> jax.Array:
+        x = jnp.concatenate([column(outputs) for column in columns], axis=-1)  # [B, S, num_inputs]
+        x = jnp.einsum("bsi,ih->bsh", x, meta_params["hidden.kernel"]) + meta_params["hidden.bias"][None, None]
+        x = jax.nn.leaky_relu(x, 0.01)
+        x = jnp.einsum("bsh,ho->bso", x, meta_params["output.kernel"])[..., 0] + meta_params["output.bias"][None]
+        count = jnp.maximum(jnp.sum(batch.step_mask, axis=-1), 1)
+        return read(jnp.sum(jnp.where(batch.step_mask, x, 0.0), axis=-1) / count, batch.example_mask)
+
+    return Weighting(init, apply)
+
+
+def _softmax_within_batch(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask) * jax.nn.softmax(jnp.where(mask, x, -jnp.inf))
+
+
+_NET_ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "sigmoid": lambda x, mask: jax.nn.sigmoid(x),
+    "softplus": lambda x, mask: jax.nn.softplus(x),
+    "clip": lambda x, mask: clip_as_published(x, -1.0, 3.0),
+    "softmax": _softmax_within_batch,
+}
+"""(score [B], real rows [B]) -> instance_weights [B]."""
+
+
+def _choose(what: str, name: str, choices: dict[str, Any]) -> Any:
+    if name not in choices:
+        raise ValueError(f"{what} is {name!r}; choose from {', '.join(choices)}")
+    return choices[name]
+
+
+def _softplus_inverse(y: float) -> float:
+    return float(jnp.log(jnp.expm1(y)))
+
+
+def _logit(p: float) -> float:
+    return float(jnp.log(p / (1 - p)))

@@ -104,3 +104,115 @@ def test_dividing_by_the_inner_rate_takes_it_out():
     second, _ = tx.update(jnp.full(1, 3.0), state)
     np.testing.assert_array_equal(first, [0.0])
     np.testing.assert_allclose(second, [6.0])
+
+
+def test_dividing_by_the_inner_rate_knows_several_inner_steps():
+    """The mean rate over an outer step's inner steps: 1, 2, 3, then 4, 5, 6, then 7, 8, 9."""
+    tx = optimizers.divide_by_inner_rate(lambda count: 1.0 + count, num_inner_steps=3)
+    state, scaled = tx.init(jnp.ones(1)), []
+    for _ in range(3):
+        update, state = tx.update(jnp.ones(1), state)
+        scaled.append(float(update[0]))
+    np.testing.assert_allclose(scaled, [1 / 2, 1 / 5, 1 / 8], rtol=1e-6)
+
+
+def test_the_published_schedule_by_hand():
+    """12 steps, a warm-up of 0.6 step: the first rate is 0."""
+    schedule = optimizers.warmup_cosine_as_published(5e-4, 12)
+    expected = [0.0, 4.984826693294874e-4, 4.816235168037004e-4, 4.4728512734909845e-4]
+    with jax.enable_x64(True):
+        np.testing.assert_allclose([schedule(jnp.array(step)) for step in range(4)], expected, rtol=1e-12)
+    assert 0 < schedule(jnp.array(11)) < 1e-5 * 5
+
+
+def test_the_published_schedule_warms_up_over_whole_steps_too():
+    schedule = optimizers.warmup_cosine_as_published(2.0, 100)
+    rates = np.array([float(schedule(jnp.array(step))) for step in range(101)])
+    np.testing.assert_allclose(rates[:6], [0, 0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(rates[[52, 53, 100]], 1 + np.cos(np.pi * np.array([47, 48, 95]) / 95), atol=1e-6)
+
+
+def test_hf_adamw_is_transformers_rule():
+    """Epsilon before the bias correction, decay of the stepped parameter, on every parameter."""
+    rng, decay, eps, b1, b2 = np.random.default_rng(0), 0.1, 1e-2, 0.9, 0.999
+    p, m, v = rng.normal(size=3), np.zeros(3), np.zeros(3)
+    rate_of = lambda count: 0.05 * (1 + count)  # noqa: E731
+    with jax.enable_x64(True):
+        tx = optimizers.hf_adamw(rate_of, weight_decay=decay, eps=eps)
+        params = {"bias": jnp.array(p)}
+        state = tx.init(params)
+        for step in range(1, 6):
+            g, rate = rng.normal(size=3) * [1.0, 1e-3, 0.0], rate_of(step - 1)
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            p = p - rate * np.sqrt(1 - b2**step) / (1 - b1**step) * m / (np.sqrt(v) + eps)
+            p = p - rate * decay * p
+            updates, state = tx.update({"bias": jnp.array(g)}, state, params)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(params["bias"], p, rtol=1e-9)
+
+
+def test_hf_adamw_can_be_differentiated_at_a_gradient_of_zero():
+    tx = optimizers.hf_adamw(lambda count: 0.1, weight_decay=0.1)
+    state = tx.init(jnp.zeros(2))
+    slope = jax.grad(lambda scale: jnp.sum(tx.update(scale * jnp.array([0.0, 1.0]), state, jnp.ones(2))[0]))(1.0)
+    assert np.isfinite(slope)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 7.0])
+def test_the_clip_has_optax_values(scale):
+    grads = {"a": scale * jnp.array([0.3, -0.4]), "b": scale * jnp.full((2, 2), 0.2)}
+    ours, theirs = optimizers.clip_by_global_norm(0.5), optax.clip_by_global_norm(0.5)
+    clipped, expected = (tx.update(grads, tx.init(grads))[0] for tx in (ours, theirs))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), clipped, expected)
+
+
+def test_the_clip_can_be_differentiated_at_a_gradient_of_zero():
+    """There it is the identity; optax's own norm has no derivative."""
+    tx = optimizers.clip_by_global_norm(0.5)
+    slope = lambda tx: jax.jacobian(lambda grads: tx.update(grads, tx.init(grads))[0])(jnp.zeros(2))  # noqa: E731
+    np.testing.assert_array_equal(slope(tx), np.eye(2))
+
+
+def test_the_derivative_of_an_active_clip_leaves_the_gradients_direction_out():
+    tx, g = optimizers.clip_by_global_norm(0.5), jnp.array([3.0, 4.0])
+    _, tangent = jax.jvp(lambda grads: tx.update(grads, tx.init(grads))[0], (g,), (g,))
+    np.testing.assert_allclose(tangent, 0.0, atol=1e-7)
+
+
+def test_adamw_decays_what_the_mask_says():
+    params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    still = jax.tree.map(jnp.zeros_like, params)
+    for decay_all, expected in ((False, {"kernel": -0.05, "bias": 0.0}), (True, {"kernel": -0.05, "bias": -0.05})):
+        tx = optimizers.adamw(lambda count: 0.5, weight_decay=0.1, decay_all=decay_all)
+        updates, _ = tx.update(still, tx.init(params), params)
+        for name, value in expected.items():
+            np.testing.assert_allclose(updates[name], value, rtol=1e-6)
+
+
+def test_a_warning_is_due_where_steps_do_not_depend_on_their_gradient():
+    """tests/test_hypergradient.py asks for every optax optimizer; here chains of the project's own."""
+    params = {"kernel": jnp.ones((3, 2))}
+    ours = optax.chain(
+        optimizers.clip_by_global_norm(1.0),
+        optimizers.hf_adamw(optimizers.warmup_cosine_as_published(1e-4, 12), weight_decay=0.1),
+    )
+    assert not optimizers.derivative_vanishes(ours, params)
+    assert optimizers.derivative_vanishes(optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-4)), params)
+
+
+def test_the_average_of_the_parameters_moves_by_its_decay():
+    ema = optimizers.update_ema({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([2.0, 0.0])}, 0.75)
+    np.testing.assert_allclose(ema["a"], [1.25, 1.5])
+
+
+def test_moments_and_averages_of_bfloat16_parameters_move():
+    """0.999 is 1 in bfloat16: computed in that type, a second moment would never decay nor an average move."""
+    tx = optimizers.hf_adamw(lambda count: 0.1, weight_decay=0.0)
+    params = {"kernel": jnp.ones(3, jnp.bfloat16)}
+    state = tx.init(params)._replace(nu={"kernel": jnp.full(3, 2.0, jnp.bfloat16)})
+    for _ in range(20):
+        updates, state = tx.update({"kernel": jnp.zeros(3, jnp.bfloat16)}, state, params)
+    assert updates["kernel"].dtype == jnp.bfloat16
+    wide = optimizers.widen(params)
+    assert float(optimizers.update_ema(wide, {"kernel": jnp.full(3, 2.0, jnp.bfloat16)}, 0.999)["kernel"][0]) > 1
+    assert float(optimizers.norm({"kernel": jnp.ones(70_000, jnp.bfloat16)})) == pytest.approx(70_000**0.5, rel=1e-3)

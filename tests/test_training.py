@@ -4,10 +4,11 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from configs import score, table
+from configs import domain, net, score, table
 from dreamprm_jax import experiment, train
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import noisy_steps
@@ -20,12 +21,12 @@ SIZES = {
 }  # fmt: skip
 
 
-def small_config():
-    cfg = table.get_config()
+def small_config(get_config=table.get_config):
+    cfg = get_config()
     cfg.noisy_steps.update({name: size for name, size in SIZES.items() if name in cfg.noisy_steps})
     cfg.cold_start.num_steps, cfg.num_steps, cfg.checkpoint_every = 3, 7, 2
     cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = 4
-    cfg.log_meta_grad = True
+    cfg.log_meta_grad, cfg.inner.clip_norm = True, 5.0  # a clip that the cold start does not have
     return cfg
 
 
@@ -182,3 +183,67 @@ def test_report_is_one_page_with_pictures_and_no_links(finished):
     assert "http" not in page.split("<body>")[1].split("<pre>")[0]
     assert "flipped, corrupted" in page
     assert "<h1>DreamPRM-1.5 in JAX: table, recipe corrected</h1>" in page
+
+
+def test_the_net_lists_each_rows_weight_when_last_seen(tmp_path):
+    cfg = small_config(net.get_config)
+    cfg.num_steps, cfg.ema_decay, cfg.identity_cosine_every = 4, 0.5, 2
+    summary = run_training(cfg, tmp_path / "run")
+    rows, metrics = lines(tmp_path / "run", "instance_weights.jsonl"), lines(tmp_path / "run")[3:]
+    seen = {}
+    for line in metrics:
+        seen |= dict(zip(line["example_ids"], line["instance_weights"], strict=True))
+    assert {row["example_id"]: row["weight"] for row in rows if row["visits"]} == pytest.approx(seen)
+    assert all((row["weight"] is None) == (row["visits"] == 0) for row in rows)
+    shapes = {name: leaf.shape for name, leaf in load_file(tmp_path / "run/meta_params.safetensors").items()}
+    assert shapes == {
+        "hidden.kernel": (3, 10), "hidden.bias": (10,), "output.kernel": (10, 1), "output.bias": (1,),
+    }  # fmt: skip
+    assert np.shape(metrics[0]["meta_grad"]["hidden.kernel"]) == (3, 10)
+    assert ["identity_cosine" in line for line in metrics] == [True, False, True, False]
+    assert all(-1 <= line["identity_cosine"] <= 1 for line in metrics[::2])
+    assert {"zero_share", "v_norm", "u_norm", "identity_cosine", "effective_sample_share"} <= set(
+        summary["diagnostics"]
+    )
+
+
+def test_five_inner_steps_learn_one_weight_per_source(tmp_path):
+    cfg = small_config(domain.get_config)
+    cfg.num_steps, cfg.batch_size = 2, 2
+    summary = run_training(cfg, tmp_path)
+    metrics = lines(tmp_path)[3:]
+    assert summary["hypergradient"] == "mixed"
+    assert [len(line["example_ids"]) for line in metrics] == [10, 10]
+    assert [len(line["instance_weights"]) for line in metrics] == [10, 10]
+    rows = lines(tmp_path, "instance_weights.jsonl")
+    assert 1 < len({row["weight"] for row in rows}) <= 4
+    assert load_file(tmp_path / "meta_params.safetensors")["table"].shape == (4,)
+
+
+def test_the_moving_average_is_what_scores(tmp_path):
+    cfg = small_config()
+    cfg.num_steps, cfg.ema_decay = 2, 0.9
+    run_training(cfg, tmp_path)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        saved = manager.restore(5, args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))["arrays"]
+    score_cfg = score.get_config()
+    score_cfg.model.checkpoint = str(tmp_path)
+    loaded = load_model(score_cfg.model, seed=0).params
+    for one, average, last in zip(*map(jax.tree.leaves, (loaded, saved["ema"], saved["train"]["params"])), strict=True):
+        np.testing.assert_array_equal(one, average)
+        assert average.shape == last.shape
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved["train"]["params"]), strict=True)
+    ]
+    assert any(moved)
+
+
+def test_an_init_file_with_a_value_that_is_not_finite_is_refused(tmp_path):
+    values = np.ones(24, np.float32)
+    values[3] = np.nan
+    save_file({"table": values}, tmp_path / "init.safetensors")
+    cfg = small_config()
+    cfg.weighting.init = str(tmp_path / "init.safetensors")
+    with pytest.raises(InputError, match=r"table\[3\] is nan"):
+        run_training(cfg, tmp_path / "work")

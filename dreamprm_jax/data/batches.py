@@ -208,12 +208,20 @@ def training_order(
     return source.repeat(-(-num_batches * batch_size // len(rows))).batch(batch_size)
 
 
-def training_batches(dataset: Dataset, rows: grain.MapDataset) -> grain.IterDataset:
+def training_batches(dataset: Dataset, rows: grain.MapDataset, num_inner_steps: int = 1) -> grain.IterDataset:
     """The batches that `rows` (of `training_order`) names, read ahead by threads.
 
+    With several inner steps the rows of one iteration become K batches of one shape: leaves [K, B, ...].
     The iterator's `get_state` and `set_state` resume it exactly.
     """
-    batches = rows.map(lambda indices: collate(dataset, indices))
+
+    def batch_of(indices: np.ndarray) -> Batch:
+        batch = collate(dataset, indices)
+        if num_inner_steps == 1:
+            return batch
+        return Batch(*[leaf.reshape(num_inner_steps, -1, *leaf.shape[1:]) for leaf in batch])
+
+    batches = rows.map(batch_of)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
 
 

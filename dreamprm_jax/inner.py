@@ -1,0 +1,228 @@
+"""The bilevel problem as functions, and its inner level: the step that plain training takes and every estimator sees.
+
+    inner loss  L_in(params, meta_params) = (1/B) sum_i c_i w_i l_i(params),   w_i = weights(meta_params, ...)
+    inner step  params' = params + U(g; opt_state, params),                    g = grad L_in, U any optax transformation
+
+With (losses, outputs) = f(params), J its derivative and h the weighted mean above, g = J^T gamma and gamma = grad h
+(`cotangents`). Weights that are `detached` leave the outputs' part of gamma out: the model cannot lower its own
+weight; the meta-gradient still sees that later weights depend on earlier steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamprm_jax.optimizers import norm, widen
+from dreamprm_jax.types import Batch, PyTree, TrainState
+
+Values = tuple[jax.Array, Any]
+"""(losses [B], outputs): what the model says about a batch."""
+
+
+class Problem(NamedTuple):
+    """A bilevel problem as functions; nothing here knows about models, images or text.
+
+    losses: (params, batch) -> (losses [B], outputs), outputs any pytree of float arrays that lead with B, or None.
+      Row i depends on example i alone.
+    weights: (meta_params, batch, outputs) -> instance_weights [B].
+    meta_loss: (params, meta_batch) -> (loss [], aux: dict of arrays for the log).
+    inner_tx: the inner optimizer.
+    num_inner_steps: K. Above 1, every leaf of `batch` leads with K: one batch per step.
+    detached: the inner gradient takes the weights for constants. False lets it flow through them, as published.
+    example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
+      weighted gradient is part of `inner_tx`.)
+
+    `batch` is any pytree whose leaves lead with B. Where it has a field or key `example_mask` [B], rows that are false
+    there count for nothing.
+    """
+
+    losses: Callable[[PyTree, Batch], Values]
+    weights: Callable[[PyTree, Batch, Any], jax.Array]
+    meta_loss: Callable[[PyTree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    inner_tx: optax.GradientTransformation
+    num_inner_steps: int = 1
+    detached: bool = True
+    example_clip_norm: float | None = None
+
+
+class InnerPass(NamedTuple):
+    """What an inner gradient leaves behind."""
+
+    values: Values
+    factors: jax.Array  # [B]: c_i
+    example_norms: jax.Array | None  # [B]: |grad l_i|, where there is a clip per example
+    record: dict[str, jax.Array]  # for the log: `step_record`
+
+
+def real_rows(batch: Batch, like: jax.Array) -> jax.Array:
+    """Which rows count, bool [B]; all of them where the batch has no `example_mask`."""
+    mask = batch.get("example_mask") if isinstance(batch, dict) else getattr(batch, "example_mask", None)
+    return jnp.ones(like.shape, bool) if mask is None else mask
+
+
+def mean_weighted_loss(
+    problem: Problem, meta_params: PyTree, batch: Batch, values: Values, factors: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """h = (1/B) sum_i c_i w_i l_i over the B real examples, and the weights [B]."""
+    losses, outputs = values
+    weights = problem.weights(meta_params, batch, outputs)
+    mask = real_rows(batch, losses)
+    total = jnp.sum(jnp.where(mask, factors * weights * losses, 0.0))
+    return total / jnp.maximum(jnp.sum(mask), 1), weights
+
+
+def cotangents(problem: Problem, meta_params: PyTree, batch: Batch, values: Values, factors: jax.Array) -> Values:
+    """gamma, shaped like `values`: c_i w_i / B for the losses; for the outputs 0 if detached, else grad h."""
+
+    def mean(values: Values) -> jax.Array:
+        return mean_weighted_loss(problem, meta_params, batch, values, factors)[0]
+
+    for_losses, for_outputs = jax.grad(mean)(values)
+    return for_losses, jax.tree.map(jnp.zeros_like, for_outputs) if problem.detached else for_outputs
+
+
+def inner_gradient(problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
+    """g, the gradient of the weighted loss."""
+    if problem.example_clip_norm is not None:
+        return _clipped_gradient(problem, params, meta_params, batch)
+    if problem.detached:  # the outputs get no cotangent at all, rather than zeros that cost a pass over the logits
+        losses, pull, outputs = jax.vjp(lambda params: problem.losses(params, batch), params, has_aux=True)
+        values = (losses, outputs)
+        (grads,) = pull(cotangents(problem, meta_params, batch, values, unit_factors(values))[0])
+    else:
+        values, pull = jax.vjp(lambda params: problem.losses(params, batch), params)
+        (grads,) = pull(cotangents(problem, meta_params, batch, values, unit_factors(values)))
+    factors = unit_factors(values)
+    return grads, InnerPass(values, factors, None, step_record(problem, meta_params, batch, values, factors, grads))
+
+
+def _clipped_gradient(problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
+    """g with a clip per example: each example's own gradient in turn, in the memory of two whatever B is."""
+    values = problem.losses(params, batch)  # where the weights look at no outputs, the compiler drops this pass
+    coefficients = cotangents(problem, meta_params, batch, values, unit_factors(values))[0]  # [B]: w_i / B
+
+    def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, tuple[jax.Array, ...]]:
+        example, coefficient = row
+        loss, own = jax.value_and_grad(lambda params: jnp.sum(problem.losses(params, example)[0]))(params)
+        size = norm(own)
+        factor = clip_factor(problem, size)
+        total = jax.tree.map(lambda leaf, part: leaf + factor * coefficient * part, total, own)
+        return total, (loss, size, factor)
+
+    rows = (jax.tree.map(lambda leaf: leaf[:, None], batch), coefficients)
+    grads, (losses, norms, factors) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), rows)
+    grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)
+    values = (losses, values[1])
+    if not problem.detached:  # the weights' share couples the rows: only now are all the factors known
+        values, pull = jax.vjp(lambda params: problem.losses(params, batch), params)
+        (grads,) = pull(cotangents(problem, meta_params, batch, values, factors))
+    return grads, InnerPass(values, factors, norms, step_record(problem, meta_params, batch, values, factors, grads))
+
+
+def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[Values, PyTree]:
+    """(values, every example's own gradient with leaves [B, ...])."""
+
+    def own(example: Batch) -> tuple[PyTree, Values]:
+        def loss(params: PyTree) -> tuple[jax.Array, Values]:
+            losses, outputs = problem.losses(params, example)
+            return jnp.sum(losses), (losses, outputs)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    if jax.tree.leaves(batch)[0].shape[0] == 1:  # no batched products where there is nothing to batch
+        gradient, values = own(batch)
+        return values, jax.tree.map(lambda leaf: leaf[None], gradient)
+    gradients, values = jax.vmap(own)(jax.tree.map(lambda leaf: leaf[:, None], batch))
+    return jax.tree.map(lambda leaf: leaf[:, 0], values), gradients
+
+
+def over_examples(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """`function` of each example as a batch of one, one after the other; results stacked on B."""
+    return jax.lax.map(function, jax.tree.map(lambda leaf: leaf[:, None], batch))
+
+
+def clip_factor(problem: Problem, norm: jax.Array) -> jax.Array:
+    """min(1, clip / |grad l_i|), elementwise."""
+    if problem.example_clip_norm is None:
+        return jnp.ones_like(norm)
+    clip = problem.example_clip_norm
+    return jnp.where(norm > clip, clip / jnp.where(norm > clip, norm, 1.0), 1.0)
+
+
+def unit_factors(values: Values) -> jax.Array:
+    """c_i = 1: no clip per example."""
+    return jnp.ones_like(values[0])
+
+
+def step_record(
+    problem: Problem, meta_params: PyTree, batch: Batch, values: Values, factors: jax.Array, grads: PyTree
+) -> dict[str, jax.Array]:
+    """What a step tells the log.
+
+    inner_loss and weighted_loss: means over the real rows. losses, instance_weights [B]. grad_norm: of the weighted
+    gradient, before any clip in the optimizer. effective_sample_size: (sum w)^2 / sum w^2, in rows.
+    example_clip_share: rows whose own gradient is clipped.
+    """
+    losses = values[0]
+    mask = real_rows(batch, losses)
+    count = jnp.maximum(jnp.sum(mask), 1)
+    total, weights = mean_weighted_loss(problem, meta_params, batch, values, factors)
+    weights = jnp.broadcast_to(weights, losses.shape)
+    real = jnp.where(mask, weights, 0.0)
+    square = jnp.sum(jnp.square(real))
+    record = {
+        "inner_loss": jnp.sum(jnp.where(mask, losses, 0.0)) / count,
+        "weighted_loss": total,
+        "losses": losses,
+        "instance_weights": weights,
+        "grad_norm": norm(grads),
+        "effective_sample_size": jnp.square(jnp.sum(real)) / jnp.where(square > 0, square, 1.0),
+    }
+    if problem.example_clip_norm is not None:
+        record["example_clip_share"] = jnp.sum(mask & (factors < 1)) / count
+    return record
+
+
+def advance(problem: Problem, state: TrainState, grads: PyTree) -> tuple[PyTree, TrainState]:
+    """One optimizer step: (params', the whole new state)."""
+    updates, opt_state = problem.inner_tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return params, TrainState(state.step + 1, params, opt_state)
+
+
+def inner_step(
+    problem: Problem,
+    state: TrainState,
+    meta_params: PyTree,
+    batch: Batch,
+    gradient: Callable[..., tuple[PyTree, InnerPass]] = inner_gradient,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on the weighted loss: plain training, and what the meta loss looks through.
+
+    `gradient` stands in for `inner_gradient` with a reverse rule of its own (`hypergradient.mixed`).
+    """
+    grads, inner = gradient(problem, state.params, meta_params, batch)
+    _, new_state = advance(problem, state, grads)
+    return new_state, inner.record
+
+
+def inner_steps(
+    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, step: Callable[..., Any] = inner_step
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """K inner steps. At K = 1 the record of that step; above, means over the steps, but losses and weights [K, B] and
+    gradient norms [K]."""
+    if problem.num_inner_steps == 1:
+        return step(problem, state, meta_params, batch)
+    state, aux = jax.lax.scan(lambda state, batch: step(problem, state, meta_params, batch), state, batch)
+    kept = ("losses", "instance_weights", "grad_norm")
+    return state, {name: value if name in kept else jnp.mean(value, axis=0) for name, value in aux.items()}
+
+
+def last_batch(problem: Problem, batch: Batch) -> Batch:
+    """The batch of the last inner step."""
+    return batch if problem.num_inner_steps == 1 else jax.tree.map(lambda leaf: leaf[-1], batch)

@@ -1,0 +1,151 @@
+"""From a config to what a loop drives: the optimizers of both levels, and the jitted steps."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamprm_jax import bilevel, hypergradient, optimizers
+from dreamprm_jax.bilevel import Step
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
+from dreamprm_jax.inner import Problem, inner_steps
+from dreamprm_jax.types import Batch, BilevelState, PyTree
+from dreamprm_jax.weighting import Weighting
+
+
+class Levels(NamedTuple):
+    """The two optimizers of the bilevel phase, the cold start's, and their learning rates by step."""
+
+    inner_tx: optax.GradientTransformation
+    inner_rate: optimizers.Schedule  # by inner steps
+    meta_tx: optax.GradientTransformation
+    meta_rate: optimizers.Schedule  # by iterations
+    cold_tx: optax.GradientTransformation
+    cold_rate: optimizers.Schedule
+
+
+def levels(cfg: Any) -> Levels:
+    """The optimizers, each with a warmed-up cosine over its own phase."""
+    cosine = optimizers.SCHEDULES[cfg.schedule]
+    inner_rate = cosine(cfg.inner.lr, cfg.num_steps * cfg.num_inner_steps)
+    meta_rate = cosine(cfg.outer.lr, cfg.num_steps)
+    cold_rate = cosine(cfg.cold_start.lr, cfg.cold_start.num_steps)
+    clip = cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
+    return Levels(
+        inner_tx=inner_optimizer(cfg.inner, inner_rate, cfg.inner.weight_decay, clip),
+        inner_rate=inner_rate,
+        meta_tx=outer_optimizer(cfg, meta_rate, inner_rate),
+        meta_rate=meta_rate,
+        cold_tx=inner_optimizer(cfg.inner, cold_rate, cfg.cold_start.weight_decay, cfg.cold_start.clip_norm),
+        cold_rate=cold_rate,
+    )
+
+
+def inner_optimizer(
+    inner: Any, rate: optimizers.Schedule, weight_decay: float, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """`inner.optimizer` behind the clip of the weighted gradient.
+
+    At batch size 1 an active clip makes the update independent of the weight: the meta-gradient is truly 0 there.
+    """
+    if inner.optimizer == "hf_adamw":
+        adam = optimizers.hf_adamw(rate, weight_decay=weight_decay, eps=inner.eps)
+    else:
+        adam = optimizers.adamw(rate, weight_decay=weight_decay, eps=inner.eps, decay_all=inner.decay == "all")
+    # The same tree with and without a clip: a run's phases may differ in it, and their states share a checkpoint.
+    clip = optax.identity() if clip_norm is None else optimizers.clip_by_global_norm(clip_norm)
+    return optax.chain(clip, adam)
+
+
+def outer_optimizer(
+    cfg: Any, meta_rate: optimizers.Schedule, inner_rate: optimizers.Schedule
+) -> optax.GradientTransformation:
+    """`outer.optimizer` behind the clip; an exact meta-gradient is divided by the inner rate first."""
+    outer = cfg.outer
+    optimizer = {
+        "per_entry": optimizers.per_entry_rmsprop,
+        "adamw": optax.adamw,
+        "hf_adamw": optimizers.hf_adamw,
+    }[outer.optimizer](meta_rate, weight_decay=outer.weight_decay)
+    steps = [optimizer]
+    if outer.clip_norm is not None:
+        steps.insert(0, optimizers.clip_by_global_norm(outer.clip_norm))
+    if cfg.hypergradient == "auto" or cfg.hypergradient in EXACT:
+        steps.insert(0, optimizers.divide_by_inner_rate(inner_rate, cfg.num_inner_steps))
+    return optax.chain(*steps)
+
+
+def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool) -> str:
+    """The estimator's name; `auto` becomes the cheapest exact one. `forward_mode`: whether the attention has it.
+
+    Raises:
+      InputError: the one asked for cannot serve this problem.
+    """
+    try:
+        if cfg.hypergradient == "auto":
+            return hypergradient.choose(
+                problem, cfg.batch_size, forward_mode=forward_mode, remat=cfg.model.remat != "none"
+            )
+        hypergradient.check_estimator(problem, cfg.hypergradient)
+    except ValueError as error:
+        raise InputError(f"--config.hypergradient={cfg.hypergradient}: {error}") from error
+    return cfg.hypergradient
+
+
+def plain_step(problem: Problem, rate: optimizers.Schedule, clip_norm: float | None, ema_decay: float | None) -> Step:
+    """The jitted step of supervised training: the inner steps alone, whatever weights the problem has."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
+        count = state.train.step
+        train, metrics = inner_steps(problem, state.train, {}, batch)
+        del metrics["instance_weights"], metrics["effective_sample_size"]
+        state = bilevel.track_ema(state._replace(train=train), ema_decay)
+        return state, _for_the_log({**metrics, "lr": rate(count)}, clip_norm)
+
+    return step
+
+
+def weighted_step(cfg: Any, problem: Problem, estimator: str, rates: Levels, weights: Weighting) -> Step:
+    """The jitted bilevel step."""
+    estimate = ESTIMATORS[estimator]
+    clip_norm = cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
+        before = state
+        state, metrics = bilevel.bilevel_step(problem, estimate, rates.meta_tx, weights, state, batch, meta_batch)
+        count = before.train.step
+        metrics |= {"lr": rates.inner_rate(count), "meta_lr": rates.meta_rate(count // cfg.num_inner_steps)}
+        if cfg.identity_cosine_every:
+            due = (count // cfg.num_inner_steps) % cfg.identity_cosine_every == 0
+            cosine = lambda: _identity_cosine(problem, before, metrics["meta_grad"], batch, meta_batch)  # noqa: E731
+            metrics["identity_cosine"] = jax.lax.cond(due, cosine, lambda: jnp.nan)
+        meta_grad = metrics.pop("meta_grad")
+        if cfg.log_meta_grad:
+            of_rows = cfg.weighting.name == "table"
+            metrics["meta_grad"] = meta_grad["table"][batch.example_id] if of_rows else meta_grad
+        return bilevel.track_ema(state, cfg.ema_decay), _for_the_log(metrics, clip_norm)
+
+    return step
+
+
+def _identity_cosine(
+    problem: Problem, state: BilevelState, meta_grad: PyTree, batch: Batch, meta_batch: Batch
+) -> jax.Array:
+    """Between the meta-gradient and the published formula without its noise; 0 where one of them is 0."""
+    other, _, _ = hypergradient.identity(problem, state.train, state.meta_params, batch, meta_batch)
+    norms = optimizers.norm(meta_grad) * optimizers.norm(other)
+    return optax.tree.vdot(meta_grad, other) / jnp.where(norms > 0, norms, 1.0)
+
+
+def _for_the_log(metrics: dict[str, jax.Array], clip_norm: float | None) -> dict[str, jax.Array]:
+    del metrics["losses"]
+    norms = metrics["grad_norm"]  # [] or [K]: a clip is active where it is in any of the inner steps
+    metrics["clip_active"] = jnp.any(norms > clip_norm) if clip_norm is not None else jnp.array(False)
+    return metrics | {"grad_norm": jnp.mean(norms)}

@@ -1,0 +1,99 @@
+"""Every config with every scale and recipe, and what the recipes say."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from dreamprm_jax import weighting
+from dreamprm_jax.hypergradient import ESTIMATORS
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("cold_start", "uniform", "domain", "table", "net")
+RECIPES = ("published", "paper", "corrected")
+
+
+def config(name, arguments=""):
+    return import_module(f"configs.{name}").get_config(arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", ["", "internvl3_1b,"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_experiment_is_valid_at_every_scale_in_every_recipe(name, scale, recipe):
+    cfg = config(name, scale + recipe)
+    base.validate(cfg)
+    assert cfg.recipe == recipe
+    assert (cfg.model.checkpoint is None) == (scale == "")
+    assert cfg.is_locked
+    assert config(name, f"{recipe},{scale}".strip(",")).to_dict() == cfg.to_dict()
+
+
+def test_the_default_recipe_goes_with_the_scale():
+    assert config("table").recipe == "corrected"
+    assert config("table", "internvl3_1b").recipe == "paper"
+
+
+@pytest.mark.parametrize("scale", ["", "internvl3_1b,"])
+def test_published_figures_of_the_released_code(scale):
+    """REFERENCE 2 and 3: both rates, decays, the clip of both levels, batches of one."""
+    table, net = config("table", scale + "published"), config("net", scale + "published")
+    for cfg in (table, net):
+        assert (cfg.hypergradient, cfg.batch_size, cfg.meta_batch_size) == ("published_fd", 1, 1)
+        assert (cfg.inner.optimizer, cfg.inner.eps, cfg.inner.lr) == ("hf_adamw", 1e-6, 5e-5)
+        assert (cfg.inner.clip_norm, cfg.outer.clip_norm, cfg.inner.clip_place) == (1.0, 1.0, "after")
+        assert (cfg.step_loss, cfg.meta_target, cfg.meta_loss, cfg.aggregate) == ("mean", "both", "mse", "mean")
+        assert (cfg.outer.optimizer, cfg.outer.weight_decay, cfg.schedule) == ("hf_adamw", 1e-3, "published")
+    assert (table.outer.lr, table.inner.weight_decay) == (5e-3, 0.01)
+    assert (table.weighting.activation, table.weighting.minimum, table.weighting.maximum) == ("clip", -1.0, 3.0)
+    assert (net.outer.lr, net.inner.weight_decay, net.weighting.hidden) == (1e-4, 0.05, 10)
+    assert (net.weighting.features, net.weighting.detached, net.weighting.activation) == (
+        ("label_probs",),
+        False,
+        "sigmoid",
+    )
+
+
+def test_paper_figures():
+    table, net = config("table", "internvl3_1b,paper"), config("net", "internvl3_1b,paper")
+    assert (table.outer.lr, net.outer.lr, net.weighting.features) == (5e-3, 5e-4, ("hidden",))
+    for cfg in (table, net):
+        assert (cfg.hypergradient, cfg.step_loss, cfg.inner.clip_norm, cfg.num_steps) == ("auto", "sum", None, 100_000)
+        assert (cfg.inner.lr, cfg.inner.weight_decay, cfg.outer.weight_decay) == (5e-5, 1e-2, 1e-3)
+
+
+def test_domain_has_dreamprms_own_meta_loss_and_five_inner_steps():
+    cfg = config("domain", "internvl3_1b,published")
+    assert (cfg.num_inner_steps, cfg.aggregate, cfg.meta_target) == (5, "mean_log_odds", "plus")
+
+
+def test_choices_are_those_that_the_code_knows():
+    assert set(base.FEATURES) == set(weighting.FEATURES)
+    for activation in base.ACTIVATIONS["table"]:
+        weighting.instance_table(2, activation, 0.0, 3.0)
+    for name in ("auto", *ESTIMATORS):
+        cfg = config("table")
+        cfg.hypergradient = name
+        base.validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config.inner.lr=inf",), "--config.inner.lr=inf: must be at least 0, and finite"),
+        (("--config.num_steps=0", "--config.cold_start.num_steps=0"), "there is nothing to train"),
+        (("--config.weighting.activation=softmax",), "must be one of projected, clip, softplus, sigmoid"),
+        (("--config.ema_decay=1.0",), "--config.ema_decay=1.0: must be at least 0 and below 1"),
+        (("--config.hypergradient=darts",), "must be one of auto, unrolled"),
+        (("--config.hypergradient=dot", "--config.num_inner_steps=2"), "dot looks through one inner step, not 2"),
+    ],
+)
+def test_values_that_cannot_be_are_one_line(flags, message):
+    command = [sys.executable, "run.py", "--config=configs/table.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

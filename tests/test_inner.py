@@ -1,0 +1,150 @@
+"""The inner step: what plain training does, and which row counts how much in it; float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from toy import CHAINS, NUM_EXAMPLES, batch_of, toy_problem, toy_table
+
+from dreamprm_jax import bilevel, inner
+from dreamprm_jax.weighting import uniform
+
+TABLE = toy_table()
+ONES = {"table": np.ones(NUM_EXAMPLES)}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def table_with(row, weight):
+    return {"table": jnp.ones(NUM_EXAMPLES).at[row].set(weight)}
+
+
+def small(**fields):
+    """(jitted inner step on a small problem, a state, the problem)."""
+    problem, params = toy.small_problem(optax.sgd(0.1), TABLE, **fields)
+    step = jax.jit(lambda state, meta, batch: inner.inner_step(problem, state, meta, batch))
+    return step, bilevel.init_train_state(problem.inner_tx, params), problem
+
+
+@pytest.mark.parametrize("chain", ["adamw, clip", "hf_adamw"])
+def test_equal_weights_give_plain_training_bit_for_bit(chain):
+    steps = {}
+    for weights, meta_params in ((TABLE, TABLE.init()), (uniform(), {})):
+        problem = toy_problem(CHAINS[chain], weights)
+        step = jax.jit(lambda state, problem=problem, meta=meta_params: inner.inner_step(
+            problem, state, meta, batch_of([0, 1, 4])
+        )[0])  # fmt: skip
+        steps[len(meta_params)] = step(toy.warm_state(CHAINS[chain]))
+    jax.tree.map(np.testing.assert_array_equal, steps[0], steps[1])
+
+
+@pytest.mark.parametrize("example_clip_norm", [None, 0.5])
+def test_weight_zero_removes_an_example(example_clip_norm):
+    """The mean is over B whatever the weights: what is left counts as in a batch of its own, times its share of B."""
+    step, state, _ = small(example_clip_norm=example_clip_norm)
+    removed, _ = step(state, table_with(4, 0.0), batch_of([1, 4]))
+    alone, _ = step(state, table_with(1, 0.5), batch_of([1]))
+    np.testing.assert_allclose(removed.params["kernel"], alone.params["kernel"], rtol=1e-13)
+
+
+@pytest.mark.parametrize("example_clip_norm", [None, 0.5])
+def test_masked_rows_do_nothing(example_clip_norm):
+    step, state, _ = small(example_clip_norm=example_clip_norm)
+    padded, aux = step(state, ONES, batch_of([1, 4, 0], [True, True, False]))
+    plain, plain_aux = step(state, ONES, batch_of([1, 4]))
+    np.testing.assert_allclose(padded.params["kernel"], plain.params["kernel"], rtol=1e-13)
+    for name in set(aux) - {"losses", "instance_weights"}:
+        np.testing.assert_allclose(aux[name], plain_aux[name], rtol=1e-13, err_msg=name)
+
+
+def test_a_batch_of_masked_rows_moves_nothing():
+    step, state, _ = small()
+    new_state, aux = step(state, ONES, batch_of([1, 4], [False, False]))
+    np.testing.assert_array_equal(new_state.params["kernel"], state.params["kernel"])
+    assert all(np.all(np.isfinite(value)) for value in aux.values())
+
+
+def test_permuting_the_batch_permutes_the_record():
+    step, state, _ = small()
+    (one, record), (other, permuted) = (step(state, ONES, batch_of(rows)) for rows in ([0, 1, 4], [4, 0, 1]))
+    np.testing.assert_allclose(one.params["kernel"], other.params["kernel"], rtol=1e-13)
+    np.testing.assert_allclose(permuted["losses"], record["losses"][jnp.array([2, 0, 1])], rtol=1e-13)
+
+
+def test_the_gradient_is_the_mean_of_clipped_gradients_weighted():
+    step, state, problem = small(example_clip_norm=0.5)
+    weights, rows = {"table": jnp.linspace(0.2, 1.2, NUM_EXAMPLES)}, batch_of([0, 1, 4, 5])
+    new_state, aux = step(state, weights, rows)
+    _, own = jax.jit(lambda batch: inner.example_gradients(problem, state.params, batch))(rows)
+    norms = np.linalg.norm(own["kernel"].reshape(4, -1), axis=1)
+    clipped = np.minimum(1.0, 0.5 / norms)[:, None, None] * own["kernel"]
+    expected = np.mean(np.asarray(weights["table"])[rows.example_id][:, None, None] * clipped, axis=0)
+    moved = (state.params["kernel"] - new_state.params["kernel"]) / 0.1
+    np.testing.assert_allclose(moved, expected, rtol=1e-12)
+    assert 0 < aux["example_clip_share"] == np.mean(norms > 0.5) < 1
+
+
+def test_the_gradient_is_that_of_the_weighted_loss():
+    """Detached: with the weights held. Attached: with the weights moving."""
+    weighting, _ = toy.WEIGHTINGS["net, published"]
+    problem, params, rows = toy_problem(CHAINS["sgd"], weighting), toy.toy_params(), batch_of([0, 1, 4])
+
+    def loss(params, detached):
+        losses, outputs = problem.losses(params, rows)
+        weights = problem.weights(weighting.init(), rows, outputs)
+        return jnp.mean((jax.lax.stop_gradient(weights) if detached else weights) * losses)
+
+    @jax.jit
+    def both():
+        gradient = lambda detached: inner.inner_gradient(  # noqa: E731
+            problem._replace(detached=detached), params, weighting.init(), rows
+        )[0]
+        return [(gradient(detached), jax.grad(loss)(params, detached)) for detached in (True, False)]
+
+    pairs = both()
+    for gradient, expected in pairs:
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-16), gradient, expected
+        )
+    assert np.max(np.abs(pairs[0][0]["out"] - pairs[1][0]["out"])) > 1e-3
+
+
+def test_the_clip_factor_is_one_up_to_the_norm_and_a_ratio_above():
+    problem = small(example_clip_norm=2.0)[2]
+    np.testing.assert_allclose(inner.clip_factor(problem, jnp.array([0.0, 2.0, 8.0])), [1.0, 1.0, 0.25])
+    np.testing.assert_array_equal(inner.clip_factor(small()[2], jnp.array([0.0, 8.0])), 1.0)
+
+
+def test_the_record_tells_what_the_step_saw():
+    step, state, problem = small()
+    weights, rows = {"table": jnp.arange(1.0, 7.0)}, batch_of([0, 1, 3], [True, True, False])
+    new_state, record = step(state, weights, rows)
+    losses = np.asarray(problem.losses(state.params, rows)[0])
+    np.testing.assert_allclose(record["losses"], losses)
+    np.testing.assert_allclose(record["inner_loss"], losses[:2].mean())
+    np.testing.assert_allclose(record["weighted_loss"], (losses[0] + 2 * losses[1]) / 2)
+    np.testing.assert_array_equal(record["instance_weights"], [1, 2, 4])
+    np.testing.assert_allclose(record["effective_sample_size"], 3**2 / (1 + 4))
+    moved = np.linalg.norm(new_state.params["kernel"] - state.params["kernel"]) / 0.1
+    np.testing.assert_allclose(record["grad_norm"], moved)
+    assert new_state.step == 1
+
+
+def test_several_steps_are_steps_in_a_row():
+    step, state, problem = small()
+    batches, meta_params = batch_of([[0, 1], [4, 2], [5, 5]]), {"table": jnp.linspace(0.4, 1.4, NUM_EXAMPLES)}
+    final, record = inner.inner_steps(problem._replace(num_inner_steps=3), state, meta_params, batches)
+    records = []
+    for rows in ([0, 1], [4, 2], [5, 5]):
+        state, one = step(state, meta_params, batch_of(rows))
+        records.append(one)
+    np.testing.assert_allclose(final.params["kernel"], state.params["kernel"], rtol=1e-13)
+    np.testing.assert_allclose(record["losses"], [one["losses"] for one in records], rtol=1e-13)
+    np.testing.assert_allclose(record["inner_loss"], np.mean([one["inner_loss"] for one in records]), rtol=1e-13)
+    np.testing.assert_array_equal(inner.last_batch(problem._replace(num_inner_steps=3), batches).example_id, [5, 5])
