@@ -190,7 +190,7 @@ def test_adamw_decays_what_the_mask_says():
 
 
 def test_a_warning_is_due_where_steps_do_not_depend_on_their_gradient():
-    """tests/test_hypergradient.py asks for every optax optimizer; here chains of the project's own."""
+    """tests/test_hypergradient_precision.py asks for every optax optimizer; here chains of the project's own."""
     params = {"kernel": jnp.ones((3, 2))}
     ours = optax.chain(
         optimizers.clip_by_global_norm(1.0),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import batch_of
+from toy import batch_of, in_the_midst
 
 from dreamprm_jax.weighting import clip_as_published, domain_table, instance_net, instance_table, uniform
 
@@ -112,7 +112,7 @@ def net_of(activation="sigmoid", features=("label_probs",)):
 
 def test_the_published_net_is_the_published_formula():
     net, outputs = net_of(), outputs_of(4, 3)
-    params = {name: np.asarray(value) for name, value in net.init().items()}
+    params = {name: np.asarray(value) for name, value in in_the_midst(net).items()}
     expected = []
     for row, logits in enumerate(outputs["label_logits"]):
         logits = logits[ROWS.step_mask[row]]  # [steps, 2], "+" first
@@ -122,13 +122,14 @@ def test_the_published_net_is_the_published_formula():
         x = np.where(x > 0, x, 0.01 * x)
         score = np.mean(x @ params["output.kernel"] + params["output.bias"])
         expected.append(1 / (1 + np.exp(-score)))
-    np.testing.assert_allclose(net.apply(net.init(), ROWS, outputs), expected, rtol=1e-5)
+    np.testing.assert_allclose(net.apply(in_the_midst(net), ROWS, outputs), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("feature", WIDTHS)
 def test_a_net_sees_its_features_and_no_others(feature):
     net, outputs = net_of(features=(feature,)), outputs_of(4, 3)
-    slopes = jax.grad(lambda outputs: net.apply(net.init(), ROWS, outputs).sum())(outputs)
+    params = in_the_midst(net)
+    slopes = jax.grad(lambda outputs: net.apply(params, ROWS, outputs).sum())(outputs)
     seen = {name for name, slope in slopes.items() if np.any(slope != 0)}
     sources = {"label_probs": "label_logits", "prob": "label_logits", "loss": "step_losses", "label": "label_is_plus"}
     assert seen == {sources.get(feature, "hidden")}
@@ -138,7 +139,8 @@ def test_features_stand_side_by_side_in_the_order_given():
     net, outputs = net_of(features=("loss", "label", "hidden")), outputs_of(4, 3)
     shapes = {name: leaf.shape for name, leaf in net.init().items()}
     assert shapes == {"hidden.kernel": (7, 10), "hidden.bias": (10,), "output.kernel": (10, 1), "output.bias": (1,)}
-    blind = {**net.init(), "hidden.kernel": net.init()["hidden.kernel"].at[0].set(0.0).at[2:].set(0.0)}
+    params = in_the_midst(net)
+    blind = {**params, "hidden.kernel": params["hidden.kernel"].at[0].set(0.0).at[2:].set(0.0)}
     slopes = jax.grad(lambda outputs: net.apply(blind, ROWS, outputs).sum())(outputs)
     assert [name for name, slope in slopes.items() if np.any(slope != 0)] == ["label_is_plus"]
 
@@ -147,8 +149,7 @@ def test_the_nets_kernels_start_as_torchs_do():
     params = net_of(features=("hidden",)).init()
     for name, bound in (("hidden.kernel", 5**-0.5), ("hidden.bias", 5**-0.5), ("output.kernel", 10**-0.5)):
         assert 0.5 * bound < np.abs(params[name]).max() <= bound
-    again = net_of(features=("hidden",)).init()
-    jax.tree.map(np.testing.assert_array_equal, params, again)
+    jax.tree.map(np.testing.assert_array_equal, params, net_of(features=("hidden",)).init())
 
 
 def test_a_net_with_a_zero_output_layer_starts_neutral():
@@ -160,25 +161,27 @@ def test_a_net_with_a_zero_output_layer_starts_neutral():
 @pytest.mark.parametrize("activation", ["sigmoid", "softplus", "clip", "softmax"])
 def test_masked_steps_do_not_influence_a_net(activation):
     net, outputs = net_of(activation, ("label_probs", "loss", "hidden")), outputs_of(4, 3)
-    weights = net.apply(net.init(), ROWS, outputs)
+    params = in_the_midst(net)
+    weights = net.apply(params, ROWS, outputs)
     noise = outputs_of(4, 3, seed=9)
     mask = ROWS.step_mask
     mixed = {
         name: np.where(mask.reshape(mask.shape + (1,) * (leaf.ndim - 2)), leaf, noise[name])
         for name, leaf in outputs.items()
     }
-    np.testing.assert_array_equal(net.apply(net.init(), ROWS, mixed), weights)
-    assert np.any(net.apply(net.init(), ROWS, noise) != weights)
+    np.testing.assert_array_equal(net.apply(params, ROWS, mixed), weights)
+    assert np.any(net.apply(params, ROWS, noise) != weights)
 
 
 def test_softmax_within_the_batch_has_a_mean_of_one_over_the_real_rows():
     net, outputs = net_of("softmax", ("loss", "label")), outputs_of(4, 3)
     padded = ROWS._replace(example_mask=np.array([True, True, False, True]))
-    weights = np.asarray(net.apply(net.init(), padded, outputs))
+    params = in_the_midst(net)
+    weights = np.asarray(net.apply(params, padded, outputs))
     np.testing.assert_allclose(weights.sum(), 3.0, rtol=1e-6)
     assert weights[2] == 0
     others = {name: np.where(np.arange(4).reshape(-1, *[1] * (x.ndim - 1)) == 2, 7.0, x) for name, x in outputs.items()}
-    np.testing.assert_allclose(net.apply(net.init(), padded, others), weights, rtol=1e-6)
+    np.testing.assert_allclose(net.apply(params, padded, others), weights, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_softmax_within_the_batch_has_a_mean_of_one_over_the_real_rows():
 )
 def test_activations_of_the_net(activation, function):
     outputs = outputs_of(4, 3)
-    shifted = {**net_of().init(), "output.bias": jnp.array([2.6])}  # some scores above 3
+    shifted = {**in_the_midst(net_of()), "output.bias": jnp.array([2.6])}  # some scores above 3
     sigmoid = np.asarray(net_of().apply(shifted, ROWS, outputs), np.float64)
     scores = np.log(sigmoid / (1 - sigmoid))
     np.testing.assert_allclose(net_of(activation).apply(shifted, ROWS, outputs), function(scores), rtol=1e-4)

@@ -76,7 +76,15 @@ def toy_table(minimum: float = 0.0, maximum: float = 3.0, activation: str = "pro
 
 
 def _net(features, num_inputs, activation="sigmoid"):
-    return in_float64(weighting.instance_net(features, num_inputs, activation, jax.random.key(3)))
+    """A net in the midst of training: it starts with an output layer of 0, through which nothing would be seen."""
+    net = in_float64(weighting.instance_net(features, num_inputs, activation, jax.random.key(3)))
+    return net._replace(init=lambda: in_the_midst(net))
+
+
+def in_the_midst(weights: Weighting):
+    """Random meta_params of a weighting."""
+    start = weights.init()
+    return optax.tree.scale(0.3, optax.tree.random_like(jax.random.key(4), start))
 
 
 def by_position() -> Weighting:
@@ -155,3 +163,8 @@ def small_problem(inner_tx: optax.GradientTransformation, weights: Weighting, wi
 
     params = {"kernel": jax.random.normal(keys[4], (width, height)) / width**0.5}
     return Problem(step_losses, weights.apply, meta_loss, inner_tx, **fields), params
+
+
+def distance(one, other) -> float:
+    """The norm of the difference of two trees."""
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, one, other)))
