@@ -101,7 +101,7 @@ def phases(
         rows = build.rows_of(cfg, "train", data.train)
         streams = [iter(batches.training_batches(data.train, rows, cfg.num_inner_steps))]
         if estimator is None:
-            clip_norm = cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
+            clip_norm = steps.clip_of_weighted(cfg)
             name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay)
         else:
             name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting)

@@ -28,12 +28,13 @@ from dreamprm_jax.inner import (
     clip_factor,
     cotangents,
     example_gradients,
+    example_loss,
     inner_gradient,
     inner_step,
     inner_steps,
     last_batch,
     mean_weighted_loss,
-    over_examples,
+    one_by_one,
     real_rows,
     step_record,
     unit_factors,
@@ -96,9 +97,9 @@ def recompute(problem: Problem, state: TrainState, meta_params: PyTree, batch: B
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
 
     def slope(example: Batch) -> tuple[jax.Array, jax.Array]:
-        return _slope_and_scale(u, jax.grad(lambda params: jnp.sum(problem.losses(params, example)[0]))(state.params))
+        return _slope_and_scale(u, jax.grad(example_loss, argnums=1)(problem, state.params, example))
 
-    slopes, zero = _drop_residues(*over_examples(slope, batch))
+    slopes, zero = _drop_residues(*jax.lax.map(slope, one_by_one(batch)))
     meta_grad = _meta_slope(problem, meta_params, batch, inner.values, (slopes, None), inner.factors)
     return meta_grad, new_state, {**inner.record, **meta_aux, "zero_share": _share(batch, zero)}
 
@@ -180,9 +181,9 @@ def mixed(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch
         return new_state.params, (new_state, record)
 
     params, pull, (new_state, record) = jax.vjp(final_params, meta_params, has_aux=True)
-    (loss, meta_aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(params, meta_batch)
+    v, meta_aux = _meta_loss_gradient(problem, params, meta_batch)
     (meta_grad,) = pull(v)
-    return meta_grad, new_state, {**record, **meta_aux, "meta_loss": loss, "v_norm": norm(v)}
+    return meta_grad, new_state, {**record, **meta_aux}
 
 
 _KEPT = "inner_gradient"  # of all that an inner step computes, what `mixed` keeps for the way back
@@ -259,13 +260,12 @@ def _clip_slope(
 
     def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
         example, scale = row
-        gradient = jax.grad(lambda params: jnp.sum(problem.losses(params, example)[0]))
+        gradient = jax.grad(lambda params: example_loss(problem, params, example))
         direction = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), gradient(params))
         _, curvature = jax.jvp(gradient, (params,), (direction,))
         return jax.tree.map(jnp.add, total, curvature), None
 
-    rows = jax.tree.map(lambda leaf: leaf[:, None], batch)
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (rows, scales))
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (one_by_one(batch), scales))
     return total
 
 
@@ -303,9 +303,16 @@ def published_fd(problem: Problem, state: TrainState, meta_params: PyTree, batch
 def _published_parts(
     problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch
 ) -> tuple[TrainState, dict[str, Any], dict[str, Any], PyTree]:
+    """The inner steps with their record, and the meta loss's record and gradient v at their end."""
     new_state, aux = inner_steps(problem, state, meta_params, batch)
-    (loss, meta_aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(new_state.params, meta_batch)
-    return new_state, aux, {**meta_aux, "meta_loss": loss, "v_norm": norm(v)}, v
+    v, meta_aux = _meta_loss_gradient(problem, new_state.params, meta_batch)
+    return new_state, aux, meta_aux, v
+
+
+def _meta_loss_gradient(problem: Problem, params: PyTree, meta_batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+    """v, and what the meta level tells the log."""
+    (loss, aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(params, meta_batch)
+    return v, {**aux, "meta_loss": loss, "v_norm": norm(v)}
 
 
 def _look_back(
@@ -313,9 +320,9 @@ def _look_back(
 ) -> tuple[TrainState, PyTree, dict[str, Any]]:
     """The step, and u: the meta loss's gradient at params' pulled back through the optimizer onto `grads`."""
     params, pull, new_state = jax.vjp(lambda grads: advance(problem, state, grads), grads, has_aux=True)
-    (loss, aux), v = jax.value_and_grad(problem.meta_loss, has_aux=True)(params, meta_batch)
+    v, aux = _meta_loss_gradient(problem, params, meta_batch)
     (u,) = pull(v)
-    return new_state, u, {**aux, "meta_loss": loss, "v_norm": norm(v), "u_norm": norm(u)}
+    return new_state, u, {**aux, "u_norm": norm(u)}
 
 
 def _meta_slope(

@@ -65,6 +65,16 @@ def real_rows(batch: Batch, like: jax.Array) -> jax.Array:
     return jnp.ones(like.shape, bool) if mask is None else mask
 
 
+def example_loss(problem: Problem, params: PyTree, example: Batch) -> jax.Array:
+    """The loss [] of a batch of one."""
+    return jnp.sum(problem.losses(params, example)[0])
+
+
+def one_by_one(batch: PyTree) -> PyTree:
+    """[B, ...] -> [B, 1, ...]: a scan over it sees batches of one."""
+    return jax.tree.map(lambda leaf: leaf[:, None], batch)
+
+
 def mean_weighted_loss(
     problem: Problem, meta_params: PyTree, batch: Batch, values: Values, factors: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -108,13 +118,13 @@ def _clipped_gradient(problem: Problem, params: PyTree, meta_params: PyTree, bat
 
     def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, tuple[jax.Array, ...]]:
         example, coefficient = row
-        loss, own = jax.value_and_grad(lambda params: jnp.sum(problem.losses(params, example)[0]))(params)
+        loss, own = jax.value_and_grad(example_loss, argnums=1)(problem, params, example)
         size = norm(own)
         factor = clip_factor(problem, size)
         total = jax.tree.map(lambda leaf, part: leaf + factor * coefficient * part, total, own)
         return total, (loss, size, factor)
 
-    rows = (jax.tree.map(lambda leaf: leaf[:, None], batch), coefficients)
+    rows = (one_by_one(batch), coefficients)
     grads, (losses, norms, factors) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), rows)
     grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)
     values = (losses, values[1])
@@ -137,13 +147,8 @@ def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[V
     if jax.tree.leaves(batch)[0].shape[0] == 1:  # no batched products where there is nothing to batch
         gradient, values = own(batch)
         return values, jax.tree.map(lambda leaf: leaf[None], gradient)
-    gradients, values = jax.vmap(own)(jax.tree.map(lambda leaf: leaf[:, None], batch))
+    gradients, values = jax.vmap(own)(one_by_one(batch))
     return jax.tree.map(lambda leaf: leaf[:, 0], values), gradients
-
-
-def over_examples(function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """`function` of each example as a batch of one, one after the other; results stacked on B."""
-    return jax.lax.map(function, jax.tree.map(lambda leaf: leaf[:, None], batch))
 
 
 def clip_factor(problem: Problem, norm: jax.Array) -> jax.Array:

@@ -73,6 +73,11 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
+def _no_moments(params: Any) -> optax.ScaleByAdamState:
+    mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+
 def _moments(state: optax.ScaleByAdamState, grads: Any, b1: float, b2: float) -> tuple[Any, Any]:
     """Adam's next moments, computed in float32 at least and rounded once to the type they are kept in."""
 
@@ -87,10 +92,6 @@ def _moments(state: optax.ScaleByAdamState, grads: Any, b1: float, b2: float) ->
 def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with the same values, whose derivative is finite everywhere."""
 
-    def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
-
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         count = state.count + 1
         mu, nu = _moments(state, grads, b1, b2)
@@ -101,7 +102,7 @@ def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-
         )
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(_no_moments, update)
 
 
 def decay_mask(params: Any) -> Any:
@@ -150,10 +151,6 @@ def hf_adamw(
     acts on every parameter *after* the step: p' = p - lr c m / (sqrt(v) + eps); p' - lr decay p'.
     """
 
-    def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
-
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
         rate, count = learning_rate(state.count), state.count + 1
         mu, nu = _moments(state, grads, b1, b2)
@@ -165,7 +162,7 @@ def hf_adamw(
 
         return jax.tree.map(change, params, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(_no_moments, update)
 
 
 class PerEntryState(NamedTuple):

@@ -35,15 +35,19 @@ def levels(cfg: Any) -> Levels:
     inner_rate = cosine(cfg.inner.lr, cfg.num_steps * cfg.num_inner_steps)
     meta_rate = cosine(cfg.outer.lr, cfg.num_steps)
     cold_rate = cosine(cfg.cold_start.lr, cfg.cold_start.num_steps)
-    clip = cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
     return Levels(
-        inner_tx=inner_optimizer(cfg.inner, inner_rate, cfg.inner.weight_decay, clip),
+        inner_tx=inner_optimizer(cfg.inner, inner_rate, cfg.inner.weight_decay, clip_of_weighted(cfg)),
         inner_rate=inner_rate,
         meta_tx=outer_optimizer(cfg, meta_rate, inner_rate),
         meta_rate=meta_rate,
         cold_tx=inner_optimizer(cfg.inner, cold_rate, cfg.cold_start.weight_decay, cfg.cold_start.clip_norm),
         cold_rate=cold_rate,
     )
+
+
+def clip_of_weighted(cfg: Any) -> float | None:
+    """The clip of the weighted gradient, which is the optimizer's; one per example is the problem's."""
+    return cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
 
 
 def inner_optimizer(
@@ -114,7 +118,6 @@ def plain_step(problem: Problem, rate: optimizers.Schedule, clip_norm: float | N
 def weighted_step(cfg: Any, problem: Problem, estimator: str, rates: Levels, weights: Weighting) -> Step:
     """The jitted bilevel step."""
     estimate = ESTIMATORS[estimator]
-    clip_norm = cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
@@ -130,7 +133,7 @@ def weighted_step(cfg: Any, problem: Problem, estimator: str, rates: Levels, wei
         if cfg.log_meta_grad:
             of_rows = cfg.weighting.name == "table"
             metrics["meta_grad"] = meta_grad["table"][batch.example_id] if of_rows else meta_grad
-        return bilevel.track_ema(state, cfg.ema_decay), _for_the_log(metrics, clip_norm)
+        return bilevel.track_ema(state, cfg.ema_decay), _for_the_log(metrics, clip_of_weighted(cfg))
 
     return step
 
