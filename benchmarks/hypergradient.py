@@ -187,8 +187,38 @@ def inner_step_memory(config: presets.InternVLConfig, bucket: tuple[int, int], c
     return found
 
 
+def recorded_pairs(config: presets.InternVLConfig) -> list[tuple[Batch, Batch]]:
+    """(batch, meta_batch) of the 12 recorded iterations, in their order."""
+
+    def batches(side: int) -> list[Batch]:
+        rows = [RECORDED[row] for row in RECORDED_ORDER[side]]
+        return [random_batch(config, [row], BUCKETS[row[0] > 1], 2 * at + side) for at, row in enumerate(rows)]
+
+    return list(zip(batches(0), batches(1), strict=True))
+
+
+def torch_steps(
+    config: presets.InternVLConfig, params: Any, device: str, published: bool
+) -> dict[str, Callable[..., Any]]:
+    """The peers' iterations, each on a model of its own with our weights; on a GPU they compute in bfloat16."""
+    import torch
+
+    from benchmarks import torch_peers
+
+    source = json.loads(config_json.config_to_json(config, "hf"))
+    weights = convert.to_tensors(config, jax.device_get(params), "hf")
+    low = torch.bfloat16 if device == "cuda" else torch.float32
+    settings = torch_peers.Settings()
+    model = partial(torch_peers.build_model, source, device=device, weights=weights)
+    autocast = low if device == "cuda" else None
+    steps = {"torch, tuned": torch_peers.tuned(model(torch.float32, attention="sdpa"), NUM_ROWS, settings, autocast)}
+    if published:
+        steps["torch, as published"] = torch_peers.published(model(low, attention="eager"), NUM_ROWS, settings)
+    return steps
+
+
 def peers(config: presets.InternVLConfig, rounds: int, device: str, published: bool = True) -> list[dict]:
-    """An iteration of ours (`dot`, B = 1) beside PyTorch's: the same weights, rows and order; seconds a round."""
+    """An iteration of ours (`dot`, B = 1) beside PyTorch's: the same weights, rows and order; seconds an iteration."""
     import torch
 
     from benchmarks import torch_peers
@@ -196,66 +226,36 @@ def peers(config: presets.InternVLConfig, rounds: int, device: str, published: b
     table = weighting.instance_table(NUM_ROWS, "projected", -1.0, 3.0)
     problem = prm_problem(config, table)
     params = internvl.init(config, jax.random.key(0, impl="rbg"))
-    source = json.loads(config_json.config_to_json(config, "hf"))
-    weights = convert.to_tensors(dataclasses.replace(config, compute_dtype="float32"), jax.device_get(params), "hf")
-    step = jitted(problem, table, "dot")
-    state = {"ours": fresh_state(problem, table, params)}
+    step, holder = jitted(problem, table, "dot"), {"state": fresh_state(problem, table, params)}
+    steps = torch_steps(config, params, device, published)
     del params
 
-    def batches(side: int) -> list[Batch]:
-        rows = [RECORDED[row] for row in RECORDED_ORDER[side]]
-        return [random_batch(config, [row], BUCKETS[row[0] > 1], 2 * at + side) for at, row in enumerate(rows)]
+    def ours(batch: Batch, meta_batch: Batch) -> jax.Array:
+        holder["state"], loss = step(holder["state"], batch, meta_batch)
+        return loss
 
-    train, meta = batches(0), batches(1)
-    on_device = jax.device_put(list(zip(train, meta, strict=True)))
-    low = torch.bfloat16 if device == "cuda" else torch.float32
+    def for_torch(batch: Batch) -> Any:
+        num_tokens = int(batch.step_positions.max()) + 2  # without what only fills a bucket
+        return torch_peers.peer_batch(batch, config.image_tokens_per_tile, device, num_tokens)
 
-    def model(dtype: Any, attention: str) -> Any:
-        return torch_peers.build_model(source, dtype, device, attention=attention, weights=weights)
-
-    settings = torch_peers.Settings()
-    autocast = low if device == "cuda" else None
-    steps = {"torch, tuned": torch_peers.tuned(model(torch.float32, "sdpa"), NUM_ROWS, settings, autocast)}
-    if published:
-        steps["torch, as published"] = torch_peers.published(model(low, "eager"), NUM_ROWS, settings)
-    pairs = [
-        tuple(
-            torch_peers.peer_batch(
-                one, config.image_tokens_per_tile, device, num_tokens=int(one.step_positions.max()) + 2
-            )
-            for one in pair
-        )
-        for pair in zip(train, meta, strict=True)
-    ]
+    pairs = recorded_pairs(config)
+    torch_pairs = [tuple(map(for_torch, pair)) for pair in pairs]
+    iterations = {"ours, dot": (ours, jax.device_put(pairs))}
+    iterations |= {name: (lambda *pair, run=run: run(*pair).inner_loss, torch_pairs) for name, run in steps.items()}
     first_losses: dict[str, float] = {}
 
-    def ours() -> None:
-        for at, (batch, meta_batch) in enumerate(on_device):
-            state["ours"], loss = step(state["ours"], batch, meta_batch)
-            if not at:
-                first_losses.setdefault("ours", float(loss))
-        jax.block_until_ready(loss)
-
-    def torchs(name: str) -> None:
-        for at, pair in enumerate(pairs):
-            metrics = steps[name](*pair)
-            if not at:
-                first_losses.setdefault(name, float(metrics.inner_loss))
-        float(metrics.meta_loss)
+    def run(name: str) -> None:
+        iterate, inputs = iterations[name]
+        losses = [iterate(*pair) for pair in inputs]
+        first_losses.setdefault(name, float(losses[0]))
+        float(losses[-1])  # of ours the whole program is done by then; torch may still be at its meta level
         if device == "cuda":
             torch.cuda.synchronize()
 
-    programs = {"ours, dot": ours} | {name: partial(torchs, name) for name in steps}
-    seconds = interleave(programs, rounds)
+    seconds = interleave({name: partial(run, name) for name in iterations}, rounds)
     medians = {name: statistics.median(times) / len(pairs) for name, times in seconds.items()}
-    own = medians["ours, dot"]
     return [
-        {
-            "program": name,
-            "seconds": value,
-            "ratio": value / own,
-            "first_loss": first_losses[name.removesuffix(", dot")],
-        }
+        {"program": name, "seconds": value, "ratio": value / medians["ours, dot"], "first_loss": first_losses[name]}
         for name, value in medians.items()
     ]
 

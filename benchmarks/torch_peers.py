@@ -88,7 +88,7 @@ def build_model(
             config = InternVLConfig(**source) if isinstance(source, Mapping) else source
             model = Model._from_config(config, **options)
     if weights is not None:
-        model.load_state_dict({_spelt_in_memory(name): torch.from_numpy(value) for name, value in weights.items()})
+        model.load_state_dict({_spelt_in_memory(name): torch.tensor(value) for name, value in weights.items()})
     return model.eval()
 
 
