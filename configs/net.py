@@ -28,5 +28,5 @@ def get_config(arguments: str = ""):
     else:
         cfg.outer.optimizer = "adamw"
         cfg.outer.lr = 0.01 if embedded else 5e-4
-        cfg.outer.clip_norm = 1.0  # the first meta-gradients, through cold moments, are far larger than later ones
+        cfg.outer.clip_norm = 1.0  # its size varies by orders of magnitude over a run
     return cfg.lock()
