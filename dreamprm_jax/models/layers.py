@@ -19,8 +19,8 @@ def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """A projection written as an einsum, e.g. "btd,dnh->btnh"; the kernel's axes carry their legend letters.
 
-    The bias has those letters of the output that come from the kernel. Parameters are float32 and are cast once,
-    here, where they are used.
+    The letters summed over come last in the input and first in the kernel; the output is what remains of both, in that
+    order. The bias has the kernel's share of it. Parameters are float32 and are cast once, here, where they are used.
     """
 
     equation: str
@@ -39,7 +39,11 @@ class Linear(nn.Module):
             self.init_scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
         )
         kernel = self.param("kernel", init, self.kernel_shape)
-        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        # The input's other axes become one, the rows of a matrix: where the kernel's gradient sums over two, XLA's CPU
+        # code first transposes the activations, which takes as long as half the product.
+        rows = x.reshape(-1, *x.shape[-len(inputs) :])
+        y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=len(inputs))
+        y = y.reshape(*x.shape[: -len(inputs)], *y.shape[1:])
         if not self.use_bias:
             return y
         bias_shape = tuple(sizes[letter] for letter in output if letter in sizes)

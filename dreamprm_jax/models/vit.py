@@ -64,8 +64,8 @@ class InternViT(nn.Module):
         vision = self.config.vision
         grid, size = vision.grid, vision.patch_size
         # Patches do not overlap, so this is a matrix product, which is faster than a convolution on a CPU.
-        patches = pixels.reshape(pixels.shape[0], grid, size, grid, size, 3)
-        equation, kernel = "prhcwi,hwid->prcd", (size, size, 3, vision.width)
+        patches = pixels.reshape(pixels.shape[0], grid, size, grid, size, 3).swapaxes(2, 3)
+        equation, kernel = "prchwi,hwid->prcd", (size, size, 3, vision.width)
         x = Linear(equation, kernel, name="patch_embedding")(patches)
         return x.reshape(x.shape[0], grid**2, vision.width)
 
