@@ -92,7 +92,18 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, cau
     Returns:
       [B, T, N, H].
     """
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=config.attention)
+    if config.attention == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    # Heads before positions, and a copy of k and v for every query head: else XLA's CPU code transposes the logits.
+    q, k, v = (jnp.repeat(x.swapaxes(1, 2), q.shape[2] // x.shape[2], axis=1) for x in (q, k, v))
+    float32 = jnp.promote_types(q.dtype, jnp.float32)  # or float64
+    logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=float32) * q.shape[-1] ** -0.5
+    if causal:
+        logits = jnp.where(jnp.tri(q.shape[2], dtype=bool)[None, None], logits, jnp.finfo(float32).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    mixed = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v, preferred_element_type=float32)
+    # The sums divide [B, N, T, H], not [B, N, T, T]: of that size the gradient then needs the weights alone.
+    return (mixed / weights.sum(-1, keepdims=True)).swapaxes(1, 2).astype(v.dtype)
 
 
 def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, num_shared: int = 0) -> Any:
