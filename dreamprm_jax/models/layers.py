@@ -96,14 +96,27 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, cau
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     # Heads before positions, and a copy of k and v for every query head: else XLA's CPU code transposes the logits.
     q, k, v = (jnp.repeat(x.swapaxes(1, 2), q.shape[2] // x.shape[2], axis=1) for x in (q, k, v))
+    if not causal:
+        return _weigh(q, k, v, causal=False).swapaxes(1, 2)
+    # In blocks of queries, each with the keys up to its end: nearly half of the logits are then never formed. At most 8.
+    size = max(256, -(-q.shape[2] // 8))
+    ends = range(size, q.shape[2] + size, size)
+    blocks = [_weigh(q[:, :, t - size : t], k[:, :, :t], v[:, :, :t], causal=True) for t in ends]
+    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
+
+
+def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """[B, N, Q, H], [B, N, T, H] twice -> [B, N, Q, H]; if causal, the queries are at the last Q of the T positions."""
     float32 = jnp.promote_types(q.dtype, jnp.float32)  # or float64
-    logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=float32) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bnqh,bnth->bnqt", q, k, preferred_element_type=float32) * q.shape[-1] ** -0.5
     if causal:
-        logits = jnp.where(jnp.tri(q.shape[2], dtype=bool)[None, None], logits, jnp.finfo(float32).min)
+        num_queries, num_keys = logits.shape[-2:]
+        seen = jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
+        logits = jnp.where(match_rank(seen, logits), logits, jnp.finfo(float32).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    mixed = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v, preferred_element_type=float32)
-    # The sums divide [B, N, T, H], not [B, N, T, T]: of that size the gradient then needs the weights alone.
-    return (mixed / weights.sum(-1, keepdims=True)).swapaxes(1, 2).astype(v.dtype)
+    mixed = jnp.einsum("bnqt,bnth->bnqh", weights.astype(v.dtype), v, preferred_element_type=float32)
+    # The sums divide [B, N, Q, H], not [B, N, Q, T]: of that size the gradient then needs the weights alone.
+    return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
 def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, num_shared: int = 0) -> Any:
