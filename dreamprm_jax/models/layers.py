@@ -98,7 +98,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, cau
     q, k, v = (jnp.repeat(x.swapaxes(1, 2), q.shape[2] // x.shape[2], axis=1) for x in (q, k, v))
     if not causal:
         return _weigh(q, k, v, causal=False).swapaxes(1, 2)
-    # In blocks of queries, each with the keys up to its end: nearly half of the logits are then never formed. At most 8.
+    # In blocks of queries, each with the keys up to its end: almost half of the logits are never formed. At most 8.
     size = max(256, -(-q.shape[2] // 8))
     ends = range(size, q.shape[2] + size, size)
     blocks = [_weigh(q[:, :, t - size : t], k[:, :, :t], v[:, :, :t], causal=True) for t in ends]
