@@ -96,12 +96,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, cau
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     # Heads before positions, and a copy of k and v for every query head: else XLA's CPU code transposes the logits.
     q, k, v = (jnp.repeat(x.swapaxes(1, 2), q.shape[2] // x.shape[2], axis=1) for x in (q, k, v))
-    if not causal:
-        return _weigh(q, k, v, causal=False).swapaxes(1, 2)
-    # In blocks of queries, each with the keys up to its end: almost half of the logits are never formed. At most 8.
-    size = max(256, -(-q.shape[2] // 8))
-    ends = range(size, q.shape[2] + size, size)
-    blocks = [_weigh(q[:, :, t - size : t], k[:, :, :t], v[:, :, :t], causal=True) for t in ends]
+    # In blocks of queries, whose logits stay in a CPU's cache; if causal, with the keys up to the block's end alone, so
+    # that almost half of the logits are never formed. At most 8 blocks, since each is code to compile.
+    num_tokens = q.shape[2]
+    size = -(-num_tokens // min(8, -(-num_tokens // 256)))
+    blocks = []
+    for start in range(0, num_tokens, size):
+        seen = start + size if causal else num_tokens
+        blocks.append(_weigh(q[:, :, start : start + size], k[:, :, :seen], v[:, :, :seen], causal))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 
