@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.models.layers import attend_in_blocks
 from dreamprm_jax.models.vit import pixel_shuffle
 from dreamprm_jax.types import Batch
 
@@ -403,3 +405,21 @@ def test_real_weights_give_the_published_logits():
     )
     logits = apply(config, params, batch)[0, 0, :5]
     np.testing.assert_allclose(logits, [11.9609, 14.7188, 14.2734, 10.6484, 6.9141], atol=0.1)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300, 2100])  # one block, one block, two blocks, eight blocks
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_blocks_is_the_attention_of_an_accelerator(num_tokens, causal):
+    keys = jax.random.split(jax.random.key(num_tokens), 4)
+    shapes = ((2, num_tokens, 4, 6), (2, num_tokens, 2, 6), (2, num_tokens, 2, 6), (2, num_tokens, 4, 6))
+    q, k, v, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    reference = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
+
+    @jax.jit
+    def both(q, k, v):
+        results = [jax.vjp(function, q, k, v) for function in (partial(attend_in_blocks, causal=causal), reference)]
+        return [(value, pull(cotangent)) for value, pull in results]
+
+    ours, expected = both(q, k, v)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6 * max(1.0, float(jnp.abs(other).max())))

@@ -92,11 +92,18 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, cau
     Returns:
       [B, T, N, H].
     """
-    if config.attention == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    # Heads before positions, and a copy of k and v for every query head: else XLA's CPU code transposes the logits.
+    if config.attention == "xla" and jax.default_backend() == "cpu":
+        return attend_in_blocks(q, k, v, causal)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=config.attention)
+
+
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """What `attend` computes, in the order that suits a CPU: two to four times as fast there, slow to compile on a GPU.
+
+    Heads go before positions, and k and v are copied for every query head: else XLA transposes the logits.
+    """
     q, k, v = (jnp.repeat(x.swapaxes(1, 2), q.shape[2] // x.shape[2], axis=1) for x in (q, k, v))
-    # In blocks of queries, whose logits stay in a CPU's cache; if causal, with the keys up to the block's end alone, so
+    # In blocks of queries, whose logits stay in the cache; if causal, with the keys up to the block's end alone, so
     # that almost half of the logits are never formed. At most 8 blocks, since each is code to compile.
     num_tokens = q.shape[2]
     size = -(-num_tokens // min(8, -(-num_tokens // 256)))
