@@ -5,8 +5,8 @@
     meta-gradient  d L_meta(params'(meta_params)) / d meta_params
 
 c_i is 1, or the factor that clips example i's own gradient before it is weighted. The estimators differ in cost and
-memory, not in signature (`Estimator`), and all look through `inner_step`, the very function that plain training
-calls. docs/bilevel.md has the derivations and the measured costs.
+memory, not in signature (`Estimator`), and all look through `inner_gradient` and `advance`, of which plain training's
+step is made. docs/bilevel.md has the derivations and the measured costs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.ad_checkpoint import checkpoint_name
 
 from dreamprm_jax.inner import (
     InnerPass,
@@ -30,11 +29,11 @@ from dreamprm_jax.inner import (
     example_gradients,
     example_loss,
     inner_gradient,
-    inner_step,
     inner_steps,
     last_batch,
     mean_weighted_loss,
     one_by_one,
+    over_steps,
     real_rows,
     step_record,
     unit_factors,
@@ -164,65 +163,72 @@ def _along_u(
 def mixed(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
     """Reverse through the optimizer steps, forward over reverse through each step's gradient.
 
-    Invariant: exact for any number of inner steps. The gradient g(params, meta_params) has a rule of its own: a
-    cotangent of g needs <cotangent, g> differentiated, which is one `jax.jvp` of g along it. So no activations are
-    kept from one inner step to the next, only params, moments and g.
+    Invariant: exact for any number of inner steps. A cotangent of g(params, meta_params) needs <cotangent, g>
+    differentiated, which is one `jax.jvp` of g along it, so no activations outlive their step. Of a step only g is
+    kept: the states in between are had again from the first one by the optimizer alone, K (K - 1) / 2 further steps of
+    it, which are cheap beside a gradient.
     """
+    one_step = problem.num_inner_steps == 1
+    batches = jax.tree.map(lambda leaf: leaf[None], batch) if one_step else batch  # leaves [K, B, ...]
 
-    def step(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch) -> tuple[TrainState, Any]:
-        remembered = jax.checkpoint(
-            lambda *args: inner_step(problem, *args, gradient=_forward_over_reverse),
-            policy=jax.checkpoint_policies.save_only_these_names(_KEPT),
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple[PyTree, InnerPass]]:
+        grads, inner = inner_gradient(problem, state.params, meta_params, batch)
+        _, new_state = advance(problem, state, grads)
+        return new_state, (grads, inner)
+
+    def state_before(k: jax.Array, grads: PyTree) -> TrainState:
+        return jax.lax.fori_loop(0, k, lambda j, state: advance(problem, state, _row(grads, j))[1], state)
+
+    def step_back(carry: tuple[TrainState, PyTree], now: Any) -> tuple[tuple[TrainState, PyTree], None]:
+        cotangent, meta_grad = carry
+        k, batch, factors, norms = now
+        before = state_before(k, grads)
+        _, pull = jax.vjp(
+            lambda grads, floats: _floats(advance(problem, _with_floats(before, floats), grads)[1]),
+            _row(grads, k),
+            _floats(before),
         )
-        return remembered(state, meta_params, batch)
+        direction, cotangent = pull(cotangent)
+        through_params, through_weights = _gradient_slopes(
+            problem, before.params, meta_params, batch, factors, norms, direction
+        )
+        cotangent = cotangent._replace(params=jax.tree.map(jnp.add, cotangent.params, through_params))
+        return (cotangent, jax.tree.map(jnp.add, meta_grad, through_weights)), None
 
-    def final_params(meta_params: PyTree) -> tuple[PyTree, tuple[TrainState, dict[str, jax.Array]]]:
-        new_state, record = inner_steps(problem, state, meta_params, batch, step)
-        return new_state.params, (new_state, record)
-
-    params, pull, (new_state, record) = jax.vjp(final_params, meta_params, has_aux=True)
-    v, meta_aux = _meta_loss_gradient(problem, params, meta_batch)
-    (meta_grad,) = pull(v)
+    new_state, (grads, inner) = jax.lax.scan(step, state, batches)
+    v, meta_aux = _meta_loss_gradient(problem, new_state.params, meta_batch)
+    cotangent, meta_grad = jax.tree.map(jnp.zeros_like, (_floats(new_state), meta_params))
+    carry = (cotangent._replace(params=v), meta_grad)
+    steps = (jnp.arange(problem.num_inner_steps), batches, inner.factors, inner.example_norms)
+    (_, meta_grad), _ = jax.lax.scan(step_back, carry, steps, reverse=True)
+    record = _row(inner.record, 0) if one_step else over_steps(inner.record)
     return meta_grad, new_state, {**record, **meta_aux}
 
 
-_KEPT = "inner_gradient"  # of all that an inner step computes, what `mixed` keeps for the way back
+def _row(tree: PyTree, index: int | jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _forward_over_reverse(
-    problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch
-) -> tuple[PyTree, InnerPass]:
-    """`inner_gradient` with the reverse rule of `mixed`."""
+def _floats(tree: PyTree) -> PyTree:
+    """`tree` with None in place of what has no derivative: counters."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else None, tree)
 
-    @jax.custom_vjp
-    def gradient(params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
-        return inner_gradient(problem, params, meta_params, batch)
 
-    def forward(params: PyTree, meta_params: PyTree, batch: Batch) -> Any:
-        grads, inner = inner_gradient(problem, params, meta_params, batch)
-        grads, factors, norms = jax.tree.map(
-            lambda leaf: checkpoint_name(leaf, _KEPT), (grads, inner.factors, inner.example_norms)
-        )
-        return (grads, inner), (params, meta_params, batch, factors, norms)
-
-    def backward(residuals: Any, cotangent: Any) -> tuple[PyTree, PyTree, None]:
-        params, meta_params, batch, factors, norms = residuals
-        direction, _ = cotangent  # the rest is for the log; nobody differentiates it
-        slopes = _gradient_slopes(problem, params, meta_params, batch, factors, direction)
-        params_slope, meta_slope, factors_slope = slopes
-        if problem.example_clip_norm is not None:
-            clip_slope = _clip_slope(problem, params, batch, factors, norms, factors_slope)
-            params_slope = jax.tree.map(jnp.add, params_slope, clip_slope)
-        return params_slope, meta_slope, None
-
-    gradient.defvjp(forward, backward)
-    return gradient(params, meta_params, batch)
+def _with_floats(tree: PyTree, floats: PyTree) -> PyTree:
+    """`tree` with the leaves of `floats` where that has any."""
+    return jax.tree.map(lambda leaf, other: leaf if other is None else other, tree, floats)
 
 
 def _gradient_slopes(
-    problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch, factors: jax.Array, direction: PyTree
-) -> tuple[PyTree, PyTree, jax.Array]:
-    """The derivatives of <direction, g> with respect to params (factors held), meta_params and factors.
+    problem: Problem,
+    params: PyTree,
+    meta_params: PyTree,
+    batch: Batch,
+    factors: jax.Array,
+    norms: jax.Array | None,
+    direction: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """The derivatives of <direction, g> with respect to params and meta_params.
 
     g = J^T gamma(values). With s = J direction, the one in params is J^T (d gamma / d values)^T s plus the curvature
     of the values along direction: forward mode through g, except that gamma's derivative is *transposed*. Where the
@@ -248,7 +254,10 @@ def _gradient_slopes(
     (_, values), (params_slope, values_slope) = jax.jvp(pulled, (params,), (direction,))
     _, pull = jax.vjp(lambda meta_params, factors: gamma(meta_params, values, factors), meta_params, factors)
     meta_slope, factors_slope = pull(values_slope)
-    return params_slope, meta_slope, factors_slope
+    if problem.example_clip_norm is not None:
+        clip_slope = _clip_slope(problem, params, batch, factors, norms, factors_slope)
+        params_slope = jax.tree.map(jnp.add, params_slope, clip_slope)
+    return params_slope, meta_slope
 
 
 def _clip_slope(

@@ -201,31 +201,28 @@ def advance(problem: Problem, state: TrainState, grads: PyTree) -> tuple[PyTree,
 
 
 def inner_step(
-    problem: Problem,
-    state: TrainState,
-    meta_params: PyTree,
-    batch: Batch,
-    gradient: Callable[..., tuple[PyTree, InnerPass]] = inner_gradient,
+    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the weighted loss: plain training, and what the meta loss looks through.
-
-    `gradient` stands in for `inner_gradient` with a reverse rule of its own (`hypergradient.mixed`).
-    """
-    grads, inner = gradient(problem, state.params, meta_params, batch)
+    """One optimizer step on the weighted loss: plain training, and what the meta loss looks through."""
+    grads, inner = inner_gradient(problem, state.params, meta_params, batch)
     _, new_state = advance(problem, state, grads)
     return new_state, inner.record
 
 
 def inner_steps(
-    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, step: Callable[..., Any] = inner_step
+    problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """K inner steps. At K = 1 the record of that step; above, means over the steps, but losses and weights [K, B] and
-    gradient norms [K]."""
+    """K inner steps, and their record: that of the step at K = 1, above `over_steps`."""
     if problem.num_inner_steps == 1:
-        return step(problem, state, meta_params, batch)
-    state, aux = jax.lax.scan(lambda state, batch: step(problem, state, meta_params, batch), state, batch)
+        return inner_step(problem, state, meta_params, batch)
+    state, record = jax.lax.scan(lambda state, batch: inner_step(problem, state, meta_params, batch), state, batch)
+    return state, over_steps(record)
+
+
+def over_steps(record: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Records stacked by K as one: means over the steps, but losses and weights [K, B] and gradient norms [K]."""
     kept = ("losses", "instance_weights", "grad_norm")
-    return state, {name: value if name in kept else jnp.mean(value, axis=0) for name, value in aux.items()}
+    return {name: value if name in kept else jnp.mean(value, axis=0) for name, value in record.items()}
 
 
 def last_batch(problem: Problem, batch: Batch) -> Batch:

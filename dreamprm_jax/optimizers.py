@@ -97,10 +97,12 @@ def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-
         mu, nu = _moments(state, grads, b1, b2)
         correction1 = 1 - b1 ** count.astype(jnp.float32)
         correction2 = 1 - b2 ** count.astype(jnp.float32)
-        updates = jax.tree.map(
-            lambda m, v: ((widen(m) / correction1) / (safe_sqrt(widen(v) / correction2) + eps)).astype(m.dtype), mu, nu
-        )
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+        @jax.checkpoint  # as in hf_adamw
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            return ((widen(m) / correction1) / (safe_sqrt(widen(v) / correction2) + eps)).astype(m.dtype)
+
+        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(_no_moments, update)
 
@@ -156,6 +158,9 @@ def hf_adamw(
         mu, nu = _moments(state, grads, b1, b2)
         size = rate * jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
 
+        # Of this the way back keeps the moments alone, which are the next state in any case. Quotients and roots would
+        # be two more arrays of the parameters' size, kept while the meta loss takes its memory.
+        @jax.checkpoint
         def change(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             step = -size * widen(m) / (safe_sqrt(widen(v)) + eps)
             return (step - rate * weight_decay * (p + step)).astype(p.dtype)
