@@ -5,8 +5,8 @@
     meta-gradient  d L_meta(params'(meta_params)) / d meta_params
 
 c_i is 1, or the factor that clips example i's own gradient before it is weighted. The estimators differ in cost and
-memory, not in signature (`Estimator`), and all look through `inner_gradient` and `advance`, of which plain training's
-step is made. docs/bilevel.md has the derivations and the measured costs.
+memory, not in signature (`Estimator`); all share `cotangents` and `advance` with plain training, and tests compare
+their step with its. docs/bilevel.md has the derivations, docs/reproduction.md the measured costs.
 """
 
 from __future__ import annotations
@@ -164,44 +164,39 @@ def mixed(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch
     """Reverse through the optimizer steps, forward over reverse through each step's gradient.
 
     Invariant: exact for any number of inner steps. A cotangent of g(params, meta_params) needs <cotangent, g>
-    differentiated, which is one `jax.jvp` of g along it, so no activations outlive their step. Of a step only g is
-    kept: the states in between are had again from the first one by the optimizer alone, K (K - 1) / 2 further steps of
-    it, which are cheap beside a gradient.
+    differentiated, which is one `jax.jvp` of g along it, so no activations outlive their step: 9 forward passes a step
+    and 3. Of a step only g is kept. The states between are recomputed from the first one by replaying the optimizer,
+    K (K - 1) / 2 further steps of it, which is nothing beside the gradients up to some 20 steps.
     """
     one_step = problem.num_inner_steps == 1
     batches = jax.tree.map(lambda leaf: leaf[None], batch) if one_step else batch  # leaves [K, B, ...]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple[PyTree, InnerPass]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         grads, inner = inner_gradient(problem, state.params, meta_params, batch)
         _, new_state = advance(problem, state, grads)
-        return new_state, (grads, inner)
+        return new_state, (grads, inner.factors, inner.example_norms, inner.record)
 
-    def state_before(k: jax.Array, grads: PyTree) -> TrainState:
-        return jax.lax.fori_loop(0, k, lambda j, state: advance(problem, state, _row(grads, j))[1], state)
+    new_state, (kept, factors, norms, record) = jax.lax.scan(step, state, batches)
+    v, meta_aux = _meta_loss_gradient(problem, new_state.params, meta_batch)
 
     def step_back(carry: tuple[TrainState, PyTree], now: Any) -> tuple[tuple[TrainState, PyTree], None]:
         cotangent, meta_grad = carry
         k, batch, factors, norms = now
-        before = state_before(k, grads)
-        _, pull = jax.vjp(
-            lambda grads, floats: _floats(advance(problem, _with_floats(before, floats), grads)[1]),
-            _row(grads, k),
-            _floats(before),
-        )
-        direction, cotangent = pull(cotangent)
-        through_params, through_weights = _gradient_slopes(
-            problem, before.params, meta_params, batch, factors, norms, direction
-        )
-        cotangent = cotangent._replace(params=jax.tree.map(jnp.add, cotangent.params, through_params))
-        return (cotangent, jax.tree.map(jnp.add, meta_grad, through_weights)), None
+        before = jax.lax.fori_loop(0, k, lambda j, earlier: advance(problem, earlier, _row(kept, j))[1], state)
 
-    new_state, (grads, inner) = jax.lax.scan(step, state, batches)
-    v, meta_aux = _meta_loss_gradient(problem, new_state.params, meta_batch)
+        def after(grads: PyTree, floats: PyTree) -> PyTree:
+            return _floats(advance(problem, _with_floats(before, floats), grads)[1])
+
+        _, pull = jax.vjp(after, _row(kept, k), _floats(before))
+        direction, cotangent = pull(cotangent)
+        slopes = _gradient_slopes(problem, before.params, meta_params, batch, factors, norms, direction)
+        cotangent = cotangent._replace(params=jax.tree.map(jnp.add, cotangent.params, slopes[0]))
+        return (cotangent, jax.tree.map(jnp.add, meta_grad, slopes[1])), None
+
     cotangent, meta_grad = jax.tree.map(jnp.zeros_like, (_floats(new_state), meta_params))
-    carry = (cotangent._replace(params=v), meta_grad)
-    steps = (jnp.arange(problem.num_inner_steps), batches, inner.factors, inner.example_norms)
-    (_, meta_grad), _ = jax.lax.scan(step_back, carry, steps, reverse=True)
-    record = _row(inner.record, 0) if one_step else over_steps(inner.record)
+    steps = (jnp.arange(problem.num_inner_steps), batches, factors, norms)
+    (_, meta_grad), _ = jax.lax.scan(step_back, (cotangent._replace(params=v), meta_grad), steps, reverse=True)
+    record = _row(record, 0) if one_step else over_steps(record)
     return meta_grad, new_state, {**record, **meta_aux}
 
 

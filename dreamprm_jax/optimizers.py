@@ -98,7 +98,9 @@ def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-
         correction1 = 1 - b1 ** count.astype(jnp.float32)
         correction2 = 1 - b2 ** count.astype(jnp.float32)
 
-        @jax.checkpoint  # as in hf_adamw
+        # For the way back only the moments are kept, which are the next state in any case. Quotients and roots would be
+        # two more arrays of the parameters' size, while the meta loss takes its memory.
+        @jax.checkpoint
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             return ((widen(m) / correction1) / (safe_sqrt(widen(v) / correction2) + eps)).astype(m.dtype)
 
@@ -158,9 +160,7 @@ def hf_adamw(
         mu, nu = _moments(state, grads, b1, b2)
         size = rate * jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
 
-        # Of this the way back keeps the moments alone, which are the next state in any case. Quotients and roots would
-        # be two more arrays of the parameters' size, kept while the meta loss takes its memory.
-        @jax.checkpoint
+        @jax.checkpoint  # as in scale_by_adam_meta_safe
         def change(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             step = -size * widen(m) / (safe_sqrt(widen(v)) + eps)
             return (step - rate * weight_decay * (p + step)).astype(p.dtype)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -186,8 +187,8 @@ def _choose(what: str, name: str, choices: dict[str, Any]) -> Any:
 
 
 def _softplus_inverse(y: float) -> float:
-    return float(jnp.log(jnp.expm1(y)))
+    return math.log(math.expm1(y))
 
 
 def _logit(p: float) -> float:
-    return float(jnp.log(p / (1 - p)))
+    return math.log(p / (1 - p))

@@ -292,6 +292,28 @@ def test_equal_weights_give_plain_training(setting):
     assert distance(state.params, expected.params) > 0.01
 
 
+def test_losses_may_close_over_arrays_that_are_traced():
+    """Frozen parameters, say, that a jitted step gets as an argument."""
+    state, meta_params = toy.cold_state(CHAINS["sgd"]), toy.toy_table().init()
+    steps = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch_of([0, 1]), batch_of([4, 1]))
+    problem = toy.toy_problem(CHAINS["sgd"], toy.toy_table())._replace(num_inner_steps=2)
+
+    def meta_grads(frozen):
+
+        def losses(params, batch):
+            values, outputs = problem.losses(params, batch)
+            return frozen * values, outputs
+
+        return [
+            ESTIMATORS[name](problem._replace(losses=losses), state, meta_params, steps, META_BATCH)[0]
+            for name in ("unrolled", "mixed")
+        ]
+
+    unrolled, mixed = jax.jit(meta_grads)(jnp.array(1.5))
+    assert optax.tree.norm(unrolled) > 0
+    assert distance(mixed, unrolled) <= 1e-12 * float(optax.tree.norm(unrolled))
+
+
 def test_estimators_refuse_what_they_cannot_differentiate():
     problem = toy.toy_problem(CHAINS["sgd"], toy.toy_table())
     arguments = toy.cold_state(CHAINS["sgd"]), toy.toy_table().init(), batch_of([1]), META_BATCH
@@ -463,6 +485,24 @@ def test_a_bfloat16_model_keeps_its_slopes():
             meta_grad, _, aux = ESTIMATORS[name](problem, state, table, batch_of([0, 1, 4]), META_BATCH)
             assert aux["zero_share"] == 0
             assert np.all(meta_grad["table"][np.array([0, 1, 4])] != 0), name
+        two = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch_of([0, 1, 4]), batch_of([2, 3, 1]))
+        problem = problem._replace(num_inner_steps=2)
+        names = ("unrolled", "mixed")
+        estimates = jax.jit(lambda: [ESTIMATORS[name](problem, state, table, two, META_BATCH)[0] for name in names])
+        unrolled, mixed = estimates()
+        assert distance(mixed, unrolled) < 0.03 * float(optax.tree.norm(unrolled))
+
+
+def test_mixed_keeps_one_gradient_for_each_step():
+    """Read off the program: what its loop over the inner steps puts aside, beside a few numbers per example."""
+    problem = toy.toy_problem(CHAINS["adamw"], toy.toy_table())._replace(num_inner_steps=5)
+    state, table = toy.cold_state(CHAINS["adamw"]), toy.toy_table().init()
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[batch_of([0, 1])] * 5)
+    estimate = lambda state: ESTIMATORS["mixed"](problem, state, table, batch, META_BATCH)[0]  # noqa: E731
+    loop = next(eqn for eqn in jax.make_jaxpr(estimate)(state).eqns if eqn.primitive.name == "scan")
+    put_aside = sum(var.aval.size for var in loop.outvars[loop.params["num_carry"] :])
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert 5 * num_params <= put_aside < 10 * num_params
 
 
 def test_a_check_does_not_let_nan_through():

@@ -122,6 +122,8 @@ NEVER_ZERO = {
     "yogi": optax.yogi(0.1),
     "novograd": optax.novograd(0.1),
     "radam": optax.radam(0.1, eps_root=1e-12),
+    "noise": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)),  # a key in its state
+    "rate in the state": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
 }
 SOMETIMES_ZERO = {
     "lion": optax.lion(0.1),
@@ -141,6 +143,11 @@ def test_every_optax_optimizer(name):
         results = {name: ESTIMATORS[name](problem, state, table.init(), batch, META_BATCH) for name in names}
         return {name: meta_grad for name, (meta_grad, _, _) in results.items()}, results["unrolled"][1]
 
+    @jax.jit
+    def through_two(state, batches):
+        two = problem._replace(num_inner_steps=2)
+        return [ESTIMATORS[name](two, state, table.init(), batches, META_BATCH)[0] for name in ("unrolled", "mixed")]
+
     state = bilevel.init_train_state(tx, params)
     if name == "radam":  # its first 5 steps take the root of a negative number, under a `where`: NaN even in unrolled
         for _ in range(6):
@@ -153,5 +160,9 @@ def test_every_optax_optimizer(name):
         assert np.isfinite(norms[-1])
         for estimator, meta_grad in gradients.items():
             assert distance(meta_grad, reference) <= 1e-9 * max(norms[-1], SMALL), estimator
+    reference, mixed = through_two(
+        state, jax.tree.map(lambda *x: jnp.stack(x), batch_of([0, 1, 4]), batch_of([2, 5, 1]))
+    )
+    assert distance(mixed, reference) <= 1e-9 * max(float(optax.tree.norm(reference)), SMALL)
     assert (min(norms[1:]) < 1e-12) == (name in SOMETIMES_ZERO), norms
     assert optimizers.derivative_vanishes(tx, params) == (name in SOMETIMES_ZERO)

@@ -287,7 +287,7 @@ def test_remat_keeps_less_for_the_backward_pass(params, batch):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
     assert kept("full") < 0.6 * kept("dots")
-    assert kept("dots") < 0.7 * kept("none")  # on a CPU attention keeps no logits in any case
+    assert kept("dots") < 0.7 * kept("none")  # 0.5 on an accelerator, where attention has batch axes
 
 
 def test_bfloat16_stays_close_and_gives_float32_logits_and_gradients(params, batch):

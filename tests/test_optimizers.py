@@ -216,3 +216,15 @@ def test_moments_and_averages_of_bfloat16_parameters_move():
     wide = optimizers.widen(params)
     assert float(optimizers.update_ema(wide, {"kernel": jnp.full(3, 2.0, jnp.bfloat16)}, 0.999)["kernel"][0]) > 1
     assert float(optimizers.norm({"kernel": jnp.ones(70_000, jnp.bfloat16)})) == pytest.approx(70_000**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [optimizers.adamw, optimizers.hf_adamw])
+def test_the_way_back_through_adam_starts_from_its_moments(make):
+    """Bytes that `jax.vjp` keeps: moments and gradient, not the quotients and roots in between as well."""
+    params = {"kernel": jnp.ones((100, 10))}
+    tx = make(lambda count: 1e-3, weight_decay=0.0)
+    back = jax.eval_shape(
+        lambda grads: jax.vjp(lambda grads: tx.update(grads, tx.init(params), params)[0], grads)[1], params
+    )
+    kept = sum(leaf.size for leaf in jax.tree.leaves(back))
+    assert kept <= 4.1 * 1000

@@ -97,42 +97,48 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, cau
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=config.attention)
 
 
+_CACHED_LOGITS = 2**18  # float32 logits at a time, 1 MiB: with their neighbours they stay in a core's cache
+
+
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     """What `attend` computes, in the order that suits a CPU: few logits at a time, which stay in its cache.
 
     The gradient forms them again, since that takes less time than to write and read them.
     """
-    num_rows, num_tokens, num_heads, _ = q.shape
+    num_rows, num_tokens, num_heads, width = q.shape
+    # Blocks of queries; if causal, with the keys up to the block's end alone, so that almost half of the logits are
+    # never formed. At most 8 blocks, since each is code to compile.
+    size = -(-num_tokens // min(8, -(-num_tokens // 256)))
 
     def one_head(qkv: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v = qkv  # [T, H], [H, T], [T, H]
-        # In blocks of queries; if causal, with the keys up to the block's end alone, so that almost half of the logits
-        # are never formed. At most 8 blocks, since each is code to compile.
-        size = -(-num_tokens // min(8, -(-num_tokens // 256)))
         blocks = []
         for start in range(0, num_tokens, size):
             seen = start + size if causal else num_tokens
             blocks.append(_weigh(q[start : start + size], k[:, :seen], v[:seen], causal))
         return jnp.concatenate(blocks)
 
-    # Heads go before positions, and k and v are copied for every query head. Of k the positions come last: its gradient
-    # is then a product with long rows.
-    qkv = (jnp.repeat(x.swapaxes(1, 2), num_heads // x.shape[2], axis=1) for x in (q, k, v))
-    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in qkv)  # [B * N, T, H]
-    mixed = jax.lax.map(jax.checkpoint(one_head, prevent_cse=False), (q, k.swapaxes(1, 2), v))
-    return mixed.reshape(num_rows, num_heads, num_tokens, -1).swapaxes(1, 2)
+    # Heads go before positions, and k and v are copied for every query head, as each is a product of its own. Of k the
+    # positions come last: its gradient is then a product with long rows.
+    q, k, v = (jnp.repeat(x.swapaxes(1, 2), num_heads // x.shape[2], axis=1) for x in (q, k, v))
+    q, k, v = (x.reshape(-1, num_tokens, width) for x in (q, k, v))
+    # As many heads at once as fit, a divisor of all; one is not a batch of one, whose products are slower.
+    fitting = [n for n in range(2, len(q) + 1) if len(q) % n == 0 and n * size * num_tokens <= _CACHED_LOGITS]
+    at_once = max(fitting, default=None)
+    mixed = jax.lax.map(jax.checkpoint(one_head, prevent_cse=False), (q, k.swapaxes(1, 2), v), batch_size=at_once)
+    return mixed.reshape(num_rows, num_heads, num_tokens, width).swapaxes(1, 2)
 
 
 def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     """[Q, H], [H, T], [T, H] -> [Q, H]; if causal, the queries are at the last Q of the T positions."""
-    float32 = jnp.promote_types(q.dtype, jnp.float32)  # or float64
-    logits = jnp.einsum("qh,ht->qt", q, k, preferred_element_type=float32) * q.shape[-1] ** -0.5
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("qh,ht->qt", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
     if causal:
         num_queries, num_keys = logits.shape
         seen = jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
-        logits = jnp.where(seen, logits, jnp.finfo(float32).min)
+        logits = jnp.where(seen, logits, jnp.finfo(wide).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    mixed = jnp.einsum("qt,th->qh", weights.astype(v.dtype), v, preferred_element_type=float32)
+    mixed = jnp.einsum("qt,th->qh", weights.astype(v.dtype), v, preferred_element_type=wide)
     # The sums divide [Q, H], not [Q, T]: of that size the gradient then needs the weights alone.
     return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
@@ -144,6 +150,7 @@ def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int,
     `config.remat` says what the backward pass recomputes.
     """
     if config.remat != "none":
+        # (Attention on a CPU, a head at a time, has products without batch axes: there "dots" keeps their logits.)
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
         # The loop itself already keeps XLA from merging the recomputation with the forward pass.
         block = nn.remat(block, policy=saved, prevent_cse=False)
