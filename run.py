@@ -87,7 +87,7 @@ def parse(argv: list[str]):
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(explain(error, argv)) from error
-    except (ImportError, SyntaxError, NameError) as error:
+    except Exception as error:
         place = explain_config_file(error, argv)
         if place is None:
             raise

@@ -2,6 +2,7 @@
 
     python -m benchmarks.hypergradient estimators            # ratios to a plain step, flops, temporary memory
     python -m benchmarks.hypergradient peers                 # an iteration beside two in PyTorch, recorded shapes
+    python -m benchmarks.hypergradient memory                # of K inner steps, as compiled; nothing is run
     python -m benchmarks.hypergradient estimators --size internvl3_1b --batch-sizes 1,8     # on an accelerator
 
 All programs of a table are compiled first and then run in turn, round after round, in one process; figures are
@@ -289,7 +290,9 @@ def main() -> None:
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}, {size}, {config.compute_dtype}"
     )
-    print(f"remat {args.remat}, rows of {bucket[0]} tiles and {bucket[1]} tokens, median of {args.rounds} rounds\n")
+    rows = "the 12 recorded rows" if args.what == "peers" else f"rows of {bucket[0]} tiles and {bucket[1]} tokens"
+    how = "compiled, not run" if args.what == "memory" else f"median of {args.rounds} round(s)"
+    print(f"remat {args.remat}, {rows}, {how}\n")
     if args.what == "peers":
         print(markdown(peers(config, args.rounds, "cuda" if on_gpu else "cpu", not args.without_published)))
     elif args.what == "memory":

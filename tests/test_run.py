@@ -68,6 +68,7 @@ def test_flags_may_come_before_the_config():
         ("import nothing_here", "config.py line 1: ModuleNotFoundError: No module named 'nothing_here'"),
         ("\ndef get_config(:", "config.py line 2: SyntaxError: invalid syntax"),
         ("def get_config():\n    return undefined", "config.py line 2: NameError: name 'undefined' is not defined"),
+        ("\ndef get_config():\n    return 1 / 0", "config.py line 3: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_config_of_the_users_own_that_does_not_run_is_named(tmp_path, text, message):
