@@ -186,7 +186,7 @@ def per_entry_rmsprop(
     meta-gradient carries the inner learning rate and would sink below any fixed epsilon.
 
     There is no momentum either: an entry is drawn once an epoch, so the usual ten gradients of memory would be
-    ten epochs old, and the model that they spoke of is gone (docs/bilevel.md has the measurement).
+    ten epochs old, and the model that they spoke of is gone (docs/bilevel.md says what it is worth).
 
     Decay pulls touched entries towards `centre`, the initial weight, not towards 0.
     """
