@@ -54,9 +54,8 @@ def get_config() -> config_dict.ConfigDict:
     # tangent_recomputed | recompute | mixed | identity | published_fd
     cfg.hypergradient = "auto"
     cfg.schedule = "usual"  # warmed-up cosine of every learning rate: usual | published (its first rate is 0)
-    cfg.ema_decay = config_dict.placeholder(
-        float
-    )  # of a moving average of the parameters, which then scores; in [0, 1)
+    # Of a moving average of the parameters, which then scores; in [0, 1)
+    cfg.ema_decay = config_dict.placeholder(float)
     cfg.step_loss = "mean"  # over the steps of a chain: mean (published code) | sum (paper, Eq. 1)
     # Sum of the exponentials over the vocabulary: exact | torch_cpu (with the float32 rounding of torch's CPU kernel,
     # which recorded runs contain; on an accelerator the same as exact)
@@ -87,9 +86,8 @@ def get_config() -> config_dict.ConfigDict:
     # What the net sees of each step: loss, prob (of "+" over the two labels), label, label_probs (published), hidden
     cfg.weighting.features = ("loss", "prob", "label")
     cfg.weighting.hidden = 10  # width of the net's hidden layer, >= 1
-    cfg.weighting.zero_output = (
-        True  # the net's output layer starts at 0: equal weights; False: at random, as published
-    )
+    # The net's output layer starts at 0: equal weights; False: at random, as published
+    cfg.weighting.zero_output = True
     cfg.weighting.detached = True  # False: the inner gradient flows through the net's features, as published
     cfg.weighting.init = config_dict.placeholder(str)  # safetensors file with initial meta_params
 

@@ -166,7 +166,7 @@ def mixed(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch
     Invariant: exact for any number of inner steps. A cotangent of g(params, meta_params) needs <cotangent, g>
     differentiated, which is one `jax.jvp` of g along it, so no activations outlive their step: 9 forward passes a step
     and 3. Of a step only g is kept. The states between are recomputed from the first one by replaying the optimizer,
-    K (K - 1) / 2 further steps of it, which is nothing beside the gradients up to some 20 steps.
+    K (K - 1) / 2 further steps of it, cheap beside K gradients while K is small.
     """
     one_step = problem.num_inner_steps == 1
     batches = jax.tree.map(lambda leaf: leaf[None], batch) if one_step else batch  # leaves [K, B, ...]

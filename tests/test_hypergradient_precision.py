@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import toy
-from toy import NUM_EXAMPLES, batch_of, distance
+from toy import CHAINS, NUM_EXAMPLES, batch_of, distance
 
 from dreamprm_jax import bilevel, optimizers
 from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
@@ -96,6 +96,25 @@ def test_bfloat16_compute_agrees_to_a_few_percent():
             assert meta_grad.dtype == jnp.float32
             assert distance(meta_grad, every["unrolled"]) < 0.08 * float(optax.tree.norm(every["unrolled"])), name
         np.testing.assert_array_equal(single, 0.0)
+
+
+def test_a_bfloat16_model_keeps_its_slopes():
+    """Sums over the parameters are taken in float32: else the bound of the residues would swallow every slope."""
+    with jax.enable_x64(False):
+        problem = toy.toy_problem(CHAINS["sgd"], toy.toy_table())
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), toy.toy_params())
+        state = bilevel.init_train_state(problem.inner_tx, params)
+        table = {"table": jnp.ones(NUM_EXAMPLES, jnp.float32)}
+        for name in ("dot", "recompute"):
+            meta_grad, _, aux = ESTIMATORS[name](problem, state, table, batch_of([0, 1, 4]), META_BATCH)
+            assert aux["zero_share"] == 0
+            assert np.all(meta_grad["table"][np.array([0, 1, 4])] != 0), name
+        two = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch_of([0, 1, 4]), batch_of([2, 3, 1]))
+        problem = problem._replace(num_inner_steps=2)
+        names = ("unrolled", "mixed")
+        estimates = jax.jit(lambda: [ESTIMATORS[name](problem, state, table, two, META_BATCH)[0] for name in names])
+        unrolled, mixed = estimates()
+        assert distance(mixed, unrolled) < 0.03 * float(optax.tree.norm(unrolled))
 
 
 def test_losses_may_be_rematerialised():

@@ -276,8 +276,9 @@ def test_how_it_is_computed_does_not_change_the_gradient(params, batch, change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, got)
 
 
-def test_remat_keeps_less_for_the_backward_pass(params, batch):
+def test_remat_keeps_less_for_the_backward_pass(params, batch, monkeypatch):
     """Bytes that `jax.vjp` keeps, read off the shapes: without this, a policy that is ignored would go unnoticed."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's attention forms its logits again in any case
 
     def kept(remat):
         config = dataclasses.replace(CONFIG, remat=remat)
@@ -287,7 +288,7 @@ def test_remat_keeps_less_for_the_backward_pass(params, batch):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
     assert kept("full") < 0.6 * kept("dots")
-    assert kept("dots") < 0.7 * kept("none")  # 0.5 on an accelerator, where attention has batch axes
+    assert kept("dots") < 0.5 * kept("none")
 
 
 def test_bfloat16_stays_close_and_gives_float32_logits_and_gradients(params, batch):
