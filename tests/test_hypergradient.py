@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from jax.test_util import check_grads
 from toy import CHAINS, NUM_EXAMPLES, WEIGHTINGS, batch_of, distance
 
 from dreamprm_jax import bilevel
@@ -190,6 +191,21 @@ def test_unrolled_equals_differences(setting, name):
         norm = float(optax.tree.norm(meta_grad))
         assert norm > SMALL or setting == SINGLE_CLIP
         assert abs(out["slope"] - optax.tree.vdot(meta_grad, direction)) <= 1e-6 * max(norm, SMALL)
+
+
+@pytest.mark.parametrize("key", [0, 1, 2])
+def test_the_meta_loss_passes_jaxs_own_check_of_its_gradient(key):
+    """Both modes against differences, through two steps: nothing of the project's own does the checking."""
+    weighting = toy.toy_table()
+    problem = toy.toy_problem(CHAINS["adamw, clip"], weighting)._replace(num_inner_steps=2)
+    state = state_of("adamw, clip", "warm", key)
+    steps = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch_of([0, 1, 4]), batch_of([4, 2, 5]))
+
+    @jax.jit
+    def objective(meta_params):
+        return problem.meta_loss(inner_steps(problem, state, meta_params, steps)[0].params, META_BATCH)[0]
+
+    check_grads(objective, (weighting.init(),), order=1, rtol=1e-7, atol=1e-9)
 
 
 def test_the_clips_act_and_not_on_every_row():
