@@ -31,9 +31,11 @@ def get_config() -> config_dict.ConfigDict:
     cfg.images = config_dict.ConfigDict()
     cfg.images.max_tiles = 6  # tiles per image without the thumbnail, 1 to 40
 
+    # files (train.path, meta.path) | embedded (noisy_steps; with a path given, that file)
+    cfg.data = "files"
     for level in ("train", "meta"):
         cfg[level] = config_dict.ConfigDict()
-        cfg[level].path = config_dict.placeholder(str)  # .json or .jsonl; None: the embedded benchmark
+        cfg[level].path = config_dict.placeholder(str)  # .json or .jsonl
         cfg[level].images = config_dict.placeholder(str)  # image root; None: the file's own directory
         cfg[level].order = config_dict.placeholder(str)  # JSON list of row numbers to replay; None: shuffle
 
@@ -191,6 +193,7 @@ def paper_scale(cfg: config_dict.ConfigDict) -> None:
 
 def embedded_scale(cfg: config_dict.ConfigDict) -> None:
     """noisy_steps on a tiny InternVL: two CPU cores, minutes, nothing downloaded. One cold start for all methods."""
+    cfg.data = "embedded"
     cfg.images.max_tiles = 1
     cfg.cold_start.num_steps = 1000
     cfg.cold_start.batch_size = 64
@@ -227,6 +230,7 @@ ACTIVATIONS = {
 CHECKS = {
     "task": _one_of("train", "score"),
     "seed": _at_least(0),
+    "data": _one_of("files", "embedded"),
     "model.param_dtype": _one_of("float32", "bfloat16"),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "model.remat": _one_of("none", "dots", "full"),

@@ -82,7 +82,7 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         images=image_spec(cfg, model.config),
         context=model.config.language.max_positions,
     )
-    if cfg.train.path is None and cfg.meta.path is None and cfg.model.checkpoint is None:
+    if cfg.data == "embedded" and cfg.train.path is None and cfg.meta.path is None:
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
         meta = batches.with_outcome_targets(encode(splits.meta), model.tokenizer)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-from sklearn.metrics import roc_auc_score
-
 from dreamprm_jax import bilevel, build, steps
 from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, claim_workdir, load_model, save_model_card
 from dreamprm_jax.data import batches
-from dreamprm_jax.evaluate import Candidates, best_of_n
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
-from dreamprm_jax.metrics import MetricsWriter, read_metrics, write_json_lines, write_text
+from dreamprm_jax.metrics import MetricsWriter
 from dreamprm_jax.optimizers import derivative_vanishes
-from dreamprm_jax.report import write_report
-from dreamprm_jax.scoring import score_dataset
+from dreamprm_jax.results import finish
 from dreamprm_jax.train import Cadence, Phase, run_phase
-from dreamprm_jax.types import Batch, BilevelState
+from dreamprm_jax.types import BilevelState
 from dreamprm_jax.weighting import Weighting, uniform
 
 
@@ -141,106 +133,3 @@ def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot) -> Snapshot:
     progress = {**snapshot.progress, "phase": phase.name, "next_step": 0, "streams": streams}
     state = snapshot.state._replace(train=train_state)
     return Snapshot(bilevel.with_ema(state) if state.ema else state, progress)
-
-
-def instance_weights(
-    cfg: Any, data: build.TrainingData, weighting: Weighting, state: BilevelState
-) -> list[dict[str, Any]]:
-    """The lines of instance_weights.jsonl: every training row with its weight and how often it was drawn.
-
-    The weight is the one that would be applied now; a net's is that of the row's last visit, null before the first.
-    """
-    num_rows = len(data.train)
-    if cfg.weighting.name == "net":
-        found = np.asarray(state.last_weights["rows"])
-    else:
-        every = Batch(*[None] * 6, example_id=np.arange(num_rows), example_mask=np.ones(num_rows, bool))
-        found = np.asarray(weighting.apply(state.meta_params, every, {}))
-    visits = batches.count_visits(build.rows_of(cfg, "train", data.train), cfg.num_steps, num_rows)
-    lines = []
-    for row, example in enumerate(data.train.examples):
-        weight = None if np.isnan(found[row]) else found[row]
-        line = {"example_id": row, "id": example.id, "weight": weight, "visits": visits[row]}
-        lines.append(line if example.corrupted is None else {**line, "corrupted": example.corrupted})
-    return lines
-
-
-def diagnostics(workdir: Path, weights: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a researcher looks at first, over the logged steps of the weighted phase.
-
-    Shares of steps with an active clip and of meta-gradients that are 0 (relative to |u| |g|), means of |v|, |u| and
-    of the cosine to the identity formula where they were logged, and the effective sample size of the final weights,
-    (sum w)^2 / sum w^2, as a share of the rows that have one.
-    """
-    rows = [row for row in read_metrics(workdir) if row["phase"] != "cold_start"]
-    names = {
-        "clip_active": "clip_active_share",
-        "example_clip_share": "example_clip_share",
-        "zero_share": "zero_share",
-        "v_norm": "v_norm",
-        "u_norm": "u_norm",
-        "identity_cosine": "identity_cosine",
-    }
-    found = {}
-    for name, title in names.items():
-        values = [row[name] for row in rows if name in row]
-        if values:
-            found[title] = float(np.mean(values))
-    known = np.array([row["weight"] for row in weights if row["weight"] is not None], np.float64)
-    if known.any():
-        found["effective_sample_share"] = float(known.sum() ** 2 / np.square(known).sum() / len(known))
-    return found
-
-
-def corruption_auroc(weights: Sequence[dict[str, Any]]) -> float | None:
-    """How well the weights tell clean rows (higher) from corrupted ones; None where the truth is unknown."""
-    weights = [row for row in weights if row["weight"] is not None]
-    truth = [row.get("corrupted") for row in weights]
-    if None in truth or len(set(truth)) < 2:
-        return None
-    return float(roc_auc_score(~np.array(truth), [row["weight"] for row in weights]))
-
-
-def test_best_of_n(cfg: Any, model: Model, data: build.TrainingData) -> dict[str, float | int]:
-    """Scores the benchmark's test candidates and selects by them."""
-    scores = iter(score_dataset(model, data.test, batch_size=cfg.meta_batch_size, aggregate=cfg.aggregate))
-    questions = [
-        Candidates(question.answers, question.correct, tuple(next(scores).response for _ in question.examples))
-        for question in data.questions
-    ]
-    return best_of_n(questions)
-
-
-def finish(
-    cfg: Any,
-    workdir: Path,
-    model: Model,
-    data: build.TrainingData,
-    snapshot: Snapshot,
-    weighting: Weighting,
-    estimator: str | None,
-) -> dict[str, Any]:
-    """Evaluates the trained model and writes the run's results; summary.json last, as the mark of the end."""
-    began = time.perf_counter()
-    summary: dict[str, Any] = {
-        "recipe": cfg.recipe,
-        "weighting": cfg.weighting.name,
-        "hypergradient": estimator,
-        "num_steps": cfg.num_steps,
-    }
-    weights = []
-    if cfg.num_steps:
-        weights = instance_weights(cfg, data, weighting, snapshot.state)
-        write_json_lines(workdir / "instance_weights.jsonl", weights)
-        meta_params = {name: np.ascontiguousarray(leaf) for name, leaf in snapshot.state.meta_params.items()}
-        save_file(meta_params, workdir / "meta_params.safetensors")
-        auroc = corruption_auroc(weights) if estimator is not None else None
-        summary |= {} if auroc is None else {"auroc": auroc}
-        summary["diagnostics"] = diagnostics(workdir, weights)
-    if data.test is not None:
-        summary["best_of_n"] = test_best_of_n(cfg, model, data)
-    summary["seconds"] = snapshot.progress["seconds"] + time.perf_counter() - began
-    domains = [example.dataset for example in data.train.examples] if weights else []
-    write_report(workdir, summary, weights, domains, cfg.to_json_best_effort(indent=2))
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2))
-    return summary

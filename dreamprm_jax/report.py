@@ -135,8 +135,8 @@ def write_report(
             "png": _png(curves(read_metrics(workdir))),
         }
     ]
-    if weights:
-        groups = weight_groups(weights, domains)
+    groups = weight_groups(weights, domains) if weights else {}
+    if groups:
         rows = [(name, len(v), float(np.mean(v)), float(np.std(v))) for name, v in sorted(groups.items())]
         tables.append(_table("Learned weights", ("rows", "number", "mean", "standard deviation"), rows))
         figures.append({"caption": "Learned instance weights.", "png": _png(weight_histogram(groups))})

@@ -1,35 +1,36 @@
-"""The embedded benchmark: rendered boards, chains of look-ups, sources of different quality. numpy + tokenizers.
+"""The embedded benchmark: pictured numbers, chains of look-ups, sources of different quality. numpy + tokenizers.
 
-The picture is a board of four rooms (NW NE SW SE). Every room shows a small map of the board whose filled quarter
-is the room that its door leads to, one of the three others, drawn independently. A question names the room to start
-in and asks for the two rooms that one comes through: 9 possible answers. (With doors back into their own room
-a wrong "NW>NW" would be followed by the true "NW>SE": a contradiction that needs no picture.)
+A picture has four cells, 1 2 / 3 4. Each shows a number in the picture's notation (`pictures`: filled quarters, dice,
+bars, clocks, shapes, table rows), one of the three other cells, drawn independently. A question names the notation
+and a cell to start in, "dice:4", and asks for the two cells that the numbers lead to in turn: 9 possible answers.
+(Could a number name its own cell, a wrong "4>4" would be followed by the true "4>2": a contradiction that needs no
+picture.)
 
-    "enter:NW"      NW>SE / SE>SW      answer "SE SW"
+    "dice:4"      4>3 / 3>1      answer "3 1"
 
-A wrong step claims another room, each alike, so the text alone says nothing about right or wrong. A chain that has
+A wrong step claims another number, each alike, so the text alone says nothing about right or wrong. A chain that has
 gone wrong stays wrong: all its later steps are false as well. (Were they true look-ups from the wrong place, then
 behind an all-"+" history they would look right, while the outcome asks for "-": flipped labels would serve the meta
 loss.) A step is labelled "+" while the solution is right up to and including it, as in VisualPRM.
 
 Training sources: `clean` has true labels; in `flipped` a share of the chains has the opposite verdict (a right chain
 is given a first error at a random step, a wrong one is all "+"); `always_plus` says "+" to everything; `trivial`
-repeats the question and is rightly all "+". Meta and test chains have the true answer's correctness only; the labels
-in their turns are all "+", the history that a selector sees.
+repeats the question and is rightly all "+"; `shifted` has true labels on pictures of another style, light on dark.
+Meta and test chains have the true answer's correctness only; the labels in their turns are all "+", the history that
+a selector sees.
 
 `pretrain` is the declared stand-in for what the real system starts from, a pretrained vision-language model: dialogues
-about boards of their own that ask for a door ("NW>" -> "SE") or whether one is so ("NW>SE" -> "yes"), without
-a single "+" or "-". A claim is one word of the vocabulary: with room, relation and value as words of their own a
-model of this size did not learn to check in minutes.
+about pictures of their own that ask for a cell's number ("3>" -> "1") or whether one is so ("3>1" -> "yes"),
+without a single "+" or "-". A claim is one word of the vocabulary: with cell, relation and value as words of their own
+a model of this size did not learn to check in minutes.
 """
 
-import struct
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
+from dreamprm_jax.data import pictures
 from dreamprm_jax.data.conversation import (
     END_OF_TEXT,
     HEADERS,
@@ -44,16 +45,11 @@ from dreamprm_jax.data.conversation import (
 from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, Example, Turn
 from dreamprm_jax.errors import InputError
 
-ROOMS = ("NW", "NE", "SW", "SE")
+CELLS = ("1", "2", "3", "4")
 YES, NO = "yes", "no"
-SOURCES = ("clean", "flipped", "always_plus", "trivial")
+SOURCES = ("clean", "flipped", "always_plus", "trivial", "shifted")
 
-ROOM_SIZE = 14  # px
-IMAGE_SIZE = 2 * ROOM_SIZE  # px
-QUARTER = 5  # px: side of a quarter of a room's map
-PAPER, INK = (240, 240, 232), (24, 24, 40)  # red, green, blue
-
-NUM_STEPS = 2  # S, doors that a chain goes through
+NUM_STEPS = 2  # S, look-ups in a chain
 
 # The longest match wins, so a turn's header is one token here where the real tokenizer needs three: shorter rows.
 SPECIAL_TOKENS = (
@@ -73,13 +69,15 @@ class Sizes(NamedTuple):
 
     pretrain: int = 8000  # dialogues of `pretrain_turns` look-ups each
     pretrain_turns: int = 2
-    pretrain_check_rate: float = 0.5  # share of the turns that ask whether a door is so, not where it leads
+    pretrain_check_rate: float = 0.5  # share of the turns that ask whether a number is so, not which it is
     cold_start: int = 500  # chains with step labels
     cold_start_flip_rate: float = 0.0  # share of cold-start chains with the opposite verdict
-    clean: int = 800  # training chains per source
+    clean: int = 600  # training chains per source
     flipped: int = 900
     always_plus: int = 200
     trivial: int = 100
+    shifted: int = 200
+    drop_corrupted: bool = False  # leave out what a perfect selection would: the upper reference
     flip_rate: float = 0.8  # share of the chains of `flipped` with the opposite verdict
     right_rate: float = 0.42
     early_error_rate: float = 0.8  # a wrong chain's first error is at step 0; else uniform over the later steps
@@ -94,7 +92,7 @@ class Sizes(NamedTuple):
 DEFAULT_SIZES = Sizes()
 
 _NEVER_ALL_ZERO = (
-    ("pretrain", "cold_start"), ("clean", "flipped", "always_plus", "trivial"),
+    ("pretrain", "cold_start"), SOURCES,
     ("meta_questions",), ("meta_candidates",), ("test_questions",), ("candidates",),
 )  # fmt: skip
 
@@ -119,7 +117,8 @@ class Splits(NamedTuple):
 
 
 class _Board(NamedTuple):
-    doors: dict[str, str]  # room -> the room behind its door
+    notation: str
+    numbers: dict[str, str]  # cell -> the number in it, which names the next cell
     png: bytes
 
 
@@ -129,7 +128,7 @@ class _Task(NamedTuple):
 
     @property
     def question(self) -> str:
-        return f"enter:{self.start}"
+        return f"{self.board.notation}:{self.start}"
 
 
 class _Chain(NamedTuple):
@@ -159,9 +158,10 @@ def tokenizer() -> tokenizers.Tokenizer:
 
     An unknown word is an error of the caller, not a token: encoding it raises.
     """
-    questions = [text for room in ROOMS for text in (f"enter:{room}", f"{room}>")]
-    claims = [f"{room}>{target}" for room in ROOMS for target in ROOMS if target != room]
-    words = [PLUS, MINUS, YES, NO, *ROOMS, *questions, *claims]
+    questions = [f"{notation}:{cell}" for notation in pictures.NOTATIONS for cell in CELLS]
+    look_ups = [f"{cell}>" for cell in CELLS]
+    claims = [f"{cell}>{target}" for cell in CELLS for target in CELLS if target != cell]
+    words = [PLUS, MINUS, YES, NO, *CELLS, *pictures.NOTATIONS, *questions, *look_ups, *claims]
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
     result = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unknown>"))
     result.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -171,6 +171,8 @@ def tokenizer() -> tokenizers.Tokenizer:
 
 def _check(sizes: Sizes) -> None:
     for name, value in sizes._asdict().items():
+        if isinstance(value, bool):
+            continue
         if name.endswith("_rate") and not 0.0 <= value <= 1.0:
             raise InputError(f"noisy_steps: {name} = {value!r} must lie in [0, 1]")
         if not name.endswith("_rate") and (not isinstance(value, int) or value < 0):
@@ -178,9 +180,9 @@ def _check(sizes: Sizes) -> None:
     for names in _NEVER_ALL_ZERO:
         if not any(getattr(sizes, name) for name in names):
             raise InputError(f"noisy_steps: {' + '.join(names)} = 0 leaves a data set without rows: give at least 1")
-    if not 1 <= sizes.pretrain_turns <= len(ROOMS):
+    if not 1 <= sizes.pretrain_turns <= len(CELLS):
         raise InputError(
-            f"noisy_steps: pretrain_turns = {sizes.pretrain_turns} must lie in [1, {len(ROOMS)}]: one a room"
+            f"noisy_steps: pretrain_turns = {sizes.pretrain_turns} must lie in [1, {len(CELLS)}]: one a cell"
         )
 
 
@@ -194,15 +196,15 @@ def _pretrain(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
 def _dialogue(rng: np.random.Generator, row: int, sizes: Sizes) -> Example:
     board = _board(rng)
     turns = []
-    for index in rng.permutation(len(ROOMS))[: sizes.pretrain_turns]:
-        room, target = ROOMS[index], board.doors[ROOMS[index]]
+    for index in rng.permutation(len(CELLS))[: sizes.pretrain_turns]:
+        cell, target = CELLS[index], board.numbers[CELLS[index]]
         if rng.random() < sizes.pretrain_check_rate:
             right = rng.random() < 0.5
-            claim = target if right else _other(rng, room, target)
-            turns += [Turn(HUMAN, f"{room}>{claim}"), Turn(GPT, YES if right else NO)]
+            claim = target if right else _other(rng, cell, target)
+            turns += [Turn(HUMAN, f"{cell}>{claim}"), Turn(GPT, YES if right else NO)]
         else:
-            turns += [Turn(HUMAN, f"{room}>"), Turn(GPT, target)]
-    turns[0] = Turn(HUMAN, f"{IMAGE_MARKER}{turns[0].text}")
+            turns += [Turn(HUMAN, f"{cell}>"), Turn(GPT, target)]
+    turns[0] = Turn(HUMAN, f"{IMAGE_MARKER}{board.notation} {turns[0].text}")
     return Example(row, f"pretrain_{row}", tuple(turns), (board.png,), dataset="pretrain", place=f"pretrain row {row}")
 
 
@@ -217,10 +219,13 @@ def _train(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
         "flipped": lambda: _labelled(rng, sizes, sizes.flip_rate),
         "always_plus": lambda: _always_plus(rng, sizes),
         "trivial": lambda: _trivial(rng),
+        "shifted": lambda: _labelled(rng, sizes, 0.0, dark=True),
     }
-    counts = (sizes.clean, sizes.flipped, sizes.always_plus, sizes.trivial)
-    sources = [source for source, count in zip(SOURCES, counts, strict=True) for _ in range(count)]
-    return _numbered("train", makers, [sources[index] for index in rng.permutation(len(sources))])
+    sources = [source for source in SOURCES for _ in range(getattr(sizes, source))]
+    rows = _numbered("train", makers, [sources[index] for index in rng.permutation(len(sources))])
+    if sizes.drop_corrupted:
+        rows = [row for row in rows if not row.corrupted]
+    return [example._replace(row=row) for row, example in enumerate(rows)]
 
 
 def _numbered(split: str, makers: dict, sources: list[str]) -> list[Example]:
@@ -244,32 +249,32 @@ def _test(rng: np.random.Generator, sizes: Sizes) -> list[Question]:
 # Chains.
 
 
-def _task(rng: np.random.Generator) -> _Task:
-    return _Task(_board(rng), _choice(rng, ROOMS))
+def _task(rng: np.random.Generator, *, dark: bool = False) -> _Task:
+    return _Task(_board(rng, dark=dark), _choice(rng, CELLS))
 
 
 def _solve(task: _Task) -> _Chain:
-    """Go through the doors as the picture shows them."""
+    """Follow the numbers as the picture shows them."""
     targets, here = [], task.start
     for _ in range(NUM_STEPS):
-        here = task.board.doors[here]
+        here = task.board.numbers[here]
         targets.append(here)
     return _chain(task, targets, NUM_STEPS)
 
 
 def _err(rng: np.random.Generator, task: _Task, num_right: int) -> _Chain:
-    """`num_right` right steps, then wrong ones: any door that is not so, all alike."""
+    """`num_right` right steps, then wrong ones: any number that is not so, all alike."""
     targets, here = [], task.start
     for step in range(NUM_STEPS):
-        door = task.board.doors[here]
-        here = door if step < num_right else _other(rng, here, door)
+        number = task.board.numbers[here]
+        here = number if step < num_right else _other(rng, here, number)
         targets.append(here)
     return _chain(task, targets, num_right)
 
 
 def _chain(task: _Task, targets: list[str], num_right: int) -> _Chain:
-    rooms = [task.start, *targets[:-1]]
-    steps = tuple(f"{room}>{target}" for room, target in zip(rooms, targets, strict=True))
+    cells = [task.start, *targets[:-1]]
+    steps = tuple(f"{cell}>{target}" for cell, target in zip(cells, targets, strict=True))
     return _Chain(steps, _verdict(num_right), " ".join(targets))
 
 
@@ -278,17 +283,17 @@ def _verdict(num_right: int) -> tuple[str, ...]:
 
 
 def _error_step(rng: np.random.Generator, early_rate: float) -> int:
-    """Where a chain goes wrong: mostly at the first door."""
+    """Where a chain goes wrong: mostly at the first number."""
     return 0 if rng.random() < early_rate else 1 + int(rng.integers(NUM_STEPS - 1))
 
 
-def _other(rng: np.random.Generator, room: str, target: str) -> str:
-    """A room that the door of `room` could lead to and does not, all alike."""
-    return _choice(rng, tuple(other for other in ROOMS if other not in (room, target)))
+def _other(rng: np.random.Generator, cell: str, target: str) -> str:
+    """A number that `cell` could show and does not, all alike."""
+    return _choice(rng, tuple(other for other in CELLS if other not in (cell, target)))
 
 
-def _labelled(rng: np.random.Generator, sizes: Sizes, flip_rate: float) -> tuple:
-    task = _task(rng)
+def _labelled(rng: np.random.Generator, sizes: Sizes, flip_rate: float, *, dark: bool = False) -> tuple:
+    task = _task(rng, dark=dark)
     error_step = _error_step(rng, sizes.early_error_rate)
     flip, right = rng.random() < flip_rate, rng.random() < sizes.right_rate
     chain = _solve(task) if right else _err(rng, task, error_step)
@@ -352,30 +357,8 @@ def _choice(rng: np.random.Generator, values: tuple[str, ...]) -> str:
 # Boards and their pictures.
 
 
-def _board(rng: np.random.Generator) -> _Board:
-    doors = (np.arange(len(ROOMS)) + rng.integers(1, len(ROOMS), size=len(ROOMS))) % len(ROOMS)
-    return _Board({room: ROOMS[target] for room, target in zip(ROOMS, doors, strict=True)}, _png(_draw(doors)))
-
-
-def _draw(doors: np.ndarray) -> np.ndarray:
-    """The board as uint8 [IMAGE_SIZE, IMAGE_SIZE, 3]: in each room, the quarter that its door leads to."""
-    pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    pixels[:] = PAPER
-    for room, target in enumerate(doors):
-        top = ROOM_SIZE * (room // 2) + 1 + 7 * (target // 2)
-        left = ROOM_SIZE * (room % 2) + 1 + 7 * (target % 2)
-        pixels[top : top + QUARTER, left : left + QUARTER] = INK
-    return pixels
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    """An RGB PNG of uint8 [height, width, 3] with one stored block: no compressor whose bytes depend on its version."""
-    height, width, _ = pixels.shape
-    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()
-    size = len(rows)
-    stream = b"\x78\x01\x01" + struct.pack("<HH", size, size ^ 0xFFFF) + rows + struct.pack(">I", zlib.adler32(rows))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
+def _board(rng: np.random.Generator, *, dark: bool = False) -> _Board:
+    notation = _choice(rng, tuple(pictures.NOTATIONS))
+    values = (np.arange(len(CELLS)) + rng.integers(1, len(CELLS), size=len(CELLS))) % len(CELLS)
+    png = pictures.encode_png(pictures.draw(rng, notation, values, dark=dark))
+    return _Board(notation, {cell: CELLS[value] for cell, value in zip(CELLS, values, strict=True)}, png)
