@@ -41,12 +41,15 @@ def get_config() -> config_dict.ConfigDict:
 
     cfg.noisy_steps = config_dict.ConfigDict(noisy_steps.Sizes()._asdict())  # the embedded benchmark: see Sizes
 
-    cfg.cold_start = config_dict.ConfigDict()
-    cfg.cold_start.num_steps = 0  # plain supervised steps before the weighting starts, >= 0
-    cfg.cold_start.batch_size = 1  # rows
-    cfg.cold_start.lr = 5e-5  # peak of the warmed-up cosine
-    cfg.cold_start.weight_decay = 0.05  # per unit of learning rate
-    cfg.cold_start.clip_norm = config_dict.placeholder(float)  # of the gradient; None: no clip
+    # Plain supervised training before the weighting starts. pretrain: the embedded benchmark's stand-in for a
+    # pretrained model, on its own dialogues; cold_start: on labelled chains.
+    for phase in ("pretrain", "cold_start"):
+        cfg[phase] = config_dict.ConfigDict()
+        cfg[phase].num_steps = 0  # >= 0
+        cfg[phase].batch_size = 1  # rows
+        cfg[phase].lr = 5e-5  # peak of the warmed-up cosine
+        cfg[phase].weight_decay = 0.05  # per unit of learning rate
+        cfg[phase].clip_norm = config_dict.placeholder(float)  # of the gradient; None: no clip
 
     cfg.num_steps = 0  # bilevel iterations: num_inner_steps inner steps and one outer step each, >= 0
     cfg.num_inner_steps = 1  # inner steps that each meta-gradient looks through, >= 1
@@ -195,11 +198,10 @@ def embedded_scale(cfg: config_dict.ConfigDict) -> None:
     """noisy_steps on a tiny InternVL: two CPU cores, minutes, nothing downloaded. One cold start for all methods."""
     cfg.data = "embedded"
     cfg.images.max_tiles = 1
-    cfg.cold_start.num_steps = 1000
-    cfg.cold_start.batch_size = 64
-    cfg.cold_start.lr = 4e-3
-    cfg.cold_start.weight_decay = 0.01
-    cfg.cold_start.clip_norm = None
+    for phase in (cfg.pretrain, cfg.cold_start):
+        phase.batch_size, phase.weight_decay, phase.clip_norm = 64, 0.01, None
+    cfg.pretrain.num_steps, cfg.pretrain.lr = 1200, 4e-3
+    cfg.cold_start.num_steps, cfg.cold_start.lr = 300, 1e-3
     cfg.checkpoint_every = 200
     if cfg.recipe == "corrected":
         cfg.num_steps = 800
@@ -236,10 +238,11 @@ CHECKS = {
     "model.remat": _one_of("none", "dots", "full"),
     "model.matmul_precision": _one_of("default", "highest"),
     "images.max_tiles": ((lambda value: 1 <= value <= 40), "from 1 to 40"),
-    "cold_start.num_steps": _at_least(0),
-    "cold_start.batch_size": _at_least(1),
-    "cold_start.lr": _at_least(0),
-    "cold_start.weight_decay": _at_least(0),
+    **{
+        f"{phase}.{field}": _at_least(minimum)
+        for phase in ("pretrain", "cold_start")
+        for field, minimum in (("num_steps", 0), ("batch_size", 1), ("lr", 0), ("weight_decay", 0), ("clip_norm", 0))
+    },
     "num_steps": _at_least(0),
     "batch_size": _at_least(1),
     "meta_batch_size": _at_least(1),
@@ -256,7 +259,6 @@ CHECKS = {
     "meta_loss": _one_of("mse", "cross_entropy"),
     "inner.lr": _at_least(0),
     "inner.weight_decay": _at_least(0),
-    "cold_start.clip_norm": _at_least(0),
     "inner.optimizer": _one_of("adamw", "hf_adamw"),
     "inner.eps": ((lambda value: 0 < value < math.inf), "above 0, and finite"),
     "inner.decay": _one_of("matrices", "all"),
@@ -292,8 +294,11 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             value = value[part]
         if not is_valid(value):
             raise ValueError(f"--config.{field}={value}: must be {permitted}")
-    if cfg.task == "train" and not cfg.num_steps + cfg.cold_start.num_steps:
-        raise ValueError("--config.num_steps and --config.cold_start.num_steps are both 0: there is nothing to train")
+    if cfg.task == "train" and not cfg.num_steps + cfg.cold_start.num_steps + cfg.pretrain.num_steps:
+        raise ValueError(
+            "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
+            "nothing to train"
+        )
     if cfg.weighting.name == "uniform" and cfg.weighting.init is not None:
         raise ValueError("--config.weighting.init: weighting.name=uniform has nothing to start from; leave it out")
     if cfg.weighting.maximum <= 0:

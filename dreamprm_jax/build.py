@@ -24,8 +24,9 @@ from dreamprm_jax.types import Batch, PyTree
 
 
 class TrainingData(NamedTuple):
-    """The data sets of a training run; `questions` only where the benchmark brings a best-of-N test."""
+    """The data sets of a training run; those of the embedded benchmark alone are None or empty elsewhere."""
 
+    pretrain: batches.Dataset | None
     cold_start: batches.Dataset
     train: batches.Dataset
     meta: batches.Dataset | None
@@ -86,30 +87,38 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
         meta = batches.with_outcome_targets(encode(splits.meta), model.tokenizer)
-        cold_start = [*splits.pretrain, *splits.cold_start]
-        return TrainingData(encode(cold_start), encode(splits.train), meta, tuple(splits.test), encode(test))
+        pretrain = encode(splits.pretrain) if cfg.pretrain.num_steps else None
+        cold_start, train = encode([*splits.pretrain, *splits.cold_start]), encode(splits.train)
+        return TrainingData(pretrain, cold_start, train, meta, tuple(splits.test), encode(test))
     train = encode(read_file(cfg.train, "train"))
     meta = None
     if cfg.num_steps:
         meta = encode(read_file(cfg.meta, "meta", outcome_required=True))
         meta = batches.with_outcome_targets(meta, model.tokenizer)
-    return TrainingData(train, train, meta, (), None)
+    if cfg.pretrain.num_steps:
+        raise InputError("--config.pretrain.num_steps: files have nothing to pretrain on; leave it at 0")
+    return TrainingData(None, train, train, meta, (), None)
 
 
 def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
-    """The rows of every batch of a data stream: "cold_start", "train" or "meta".
+    """The rows of every batch of a data stream: "pretrain", "cold_start", "train" or "meta".
 
     The cold start of a file run is on the training rows, in their order; each stream has a seed of its own.
     """
     level = "meta" if stream == "meta" else "train"
     path = cfg[level].order
-    per_iteration = cfg.batch_size * cfg.num_inner_steps
-    sizes = {"cold_start": cfg.cold_start.batch_size, "train": per_iteration, "meta": cfg.meta_batch_size}
+    sizes = {  # of a batch, and their number
+        "pretrain": (cfg.pretrain.batch_size, cfg.pretrain.num_steps),
+        "cold_start": (cfg.cold_start.batch_size, cfg.cold_start.num_steps),
+        "train": (cfg.batch_size * cfg.num_inner_steps, cfg.num_steps),
+        "meta": (cfg.meta_batch_size, cfg.num_steps),
+    }
+    batch_size, num_batches = sizes[stream]
     return batches.training_order(
         len(dataset),
-        batch_size=sizes[stream],
-        num_batches=cfg.cold_start.num_steps if stream == "cold_start" else cfg.num_steps,
-        seed=3 * cfg.seed + list(sizes).index(stream),
+        batch_size=batch_size,
+        num_batches=num_batches,
+        seed=len(sizes) * cfg.seed + list(sizes).index(stream),
         order=None if path is None else batches.read_order(path, len(dataset)),
     )
 

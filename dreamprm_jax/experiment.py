@@ -19,7 +19,7 @@ from dreamprm_jax.optimizers import derivative_vanishes
 from dreamprm_jax.results import finish
 from dreamprm_jax.train import Cadence, Phase, run_phase
 from dreamprm_jax.types import BilevelState
-from dreamprm_jax.weighting import Weighting, uniform
+from dreamprm_jax.weighting import Weighting
 
 
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
@@ -76,19 +76,16 @@ def phases(
     estimator: str | None,
 ) -> list[tuple[Phase, Any]]:
     """The run's phases, in order, each with the optimizer of its inner level."""
-    found = []
-    if cfg.cold_start.num_steps:
-        plain = problem._replace(
-            weights=uniform().apply,
-            inner_tx=levels.cold_tx,
-            num_inner_steps=1,
-            detached=True,
-            example_clip_norm=None,
-        )
-        step = steps.plain_step(plain, levels.cold_rate, cfg.cold_start.clip_norm, cfg.ema_decay)
-        rows = build.rows_of(cfg, "cold_start", data.cold_start)
-        stream = iter(batches.training_batches(data.cold_start, rows))
-        found.append((Phase("cold_start", 0, cfg.cold_start.num_steps, step, (stream,)), levels.cold_tx))
+    found, first_step = [], 0
+    for name, phase, dataset in (
+        ("pretrain", cfg.pretrain, data.pretrain),
+        ("cold_start", cfg.cold_start, data.cold_start),
+    ):
+        if phase.num_steps:
+            step, tx = steps.supervised(cfg, phase, problem)
+            stream = iter(batches.training_batches(dataset, build.rows_of(cfg, name, dataset)))
+            found.append((Phase(name, first_step, phase.num_steps, step, (stream,)), tx))
+            first_step += phase.num_steps
     if cfg.num_steps:
         rows = build.rows_of(cfg, "train", data.train)
         streams = [iter(batches.training_batches(data.train, rows, cfg.num_inner_steps))]
@@ -98,7 +95,7 @@ def phases(
         else:
             name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting)
             streams.append(iter(batches.training_batches(data.meta, build.rows_of(cfg, "meta", data.meta))))
-        found.append((Phase(name, cfg.cold_start.num_steps, cfg.num_steps, step, tuple(streams)), levels.inner_tx))
+        found.append((Phase(name, first_step, cfg.num_steps, step, tuple(streams)), levels.inner_tx))
     return found
 
 

@@ -176,7 +176,7 @@ class PerEntryState(NamedTuple):
 
 
 def per_entry_rmsprop(
-    learning_rate: Schedule, *, decay: float = 0.999, weight_decay: float = 0.0, centre: float = 1.0
+    learning_rate: Schedule, *, decay: float = 0.8, weight_decay: float = 0.0, centre: float = 1.0
 ) -> optax.GradientTransformation:
     """RMSprop for a sparse table: an entry's second moment and its bias correction count its own gradients only.
 

@@ -23,6 +23,7 @@ from dreamprm_jax.evaluate import Candidates, best_of_n, label_accuracy
 from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
 from dreamprm_jax.report import write_report
 from dreamprm_jax.scoring import score_dataset
+from dreamprm_jax.steps import SUPERVISED
 from dreamprm_jax.types import Batch, BilevelState
 from dreamprm_jax.weighting import Weighting, uniform
 
@@ -60,7 +61,7 @@ def diagnostics(workdir: Path, weights: Sequence[dict[str, Any]]) -> dict[str, f
     of the cosine to the identity formula where they were logged, and the effective sample size of the final weights,
     (sum w)^2 / sum w^2, as a share of the rows that have one.
     """
-    rows = [row for row in read_metrics(workdir) if row["phase"] != "cold_start"]
+    rows = [row for row in read_metrics(workdir) if row["phase"] not in SUPERVISED]
     names = {
         "clip_active": "clip_active_share",
         "example_clip_share": "example_clip_share",

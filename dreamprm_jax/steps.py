@@ -15,34 +15,45 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
 from dreamprm_jax.inner import Problem, inner_steps
 from dreamprm_jax.types import Batch, BilevelState, PyTree
-from dreamprm_jax.weighting import Weighting
+from dreamprm_jax.weighting import Weighting, uniform
+
+SUPERVISED = ("pretrain", "cold_start")
+"""Phases of plain training before the weights, by their names in the config and in metrics.jsonl, in order."""
 
 
 class Levels(NamedTuple):
-    """The two optimizers of the bilevel phase, the cold start's, and their learning rates by step."""
+    """The two optimizers of the bilevel phase, and their learning rates by step."""
 
     inner_tx: optax.GradientTransformation
     inner_rate: optimizers.Schedule  # by inner steps
     meta_tx: optax.GradientTransformation
     meta_rate: optimizers.Schedule  # by iterations
-    cold_tx: optax.GradientTransformation
-    cold_rate: optimizers.Schedule
 
 
 def levels(cfg: Any) -> Levels:
-    """The optimizers, each with a warmed-up cosine over its own phase."""
+    """The optimizers, each with a warmed-up cosine over the phase."""
     cosine = optimizers.SCHEDULES[cfg.schedule]
     inner_rate = cosine(cfg.inner.lr, cfg.num_steps * cfg.num_inner_steps)
     meta_rate = cosine(cfg.outer.lr, cfg.num_steps)
-    cold_rate = cosine(cfg.cold_start.lr, cfg.cold_start.num_steps)
     return Levels(
         inner_tx=inner_optimizer(cfg.inner, inner_rate, cfg.inner.weight_decay, clip_of_weighted(cfg)),
         inner_rate=inner_rate,
         meta_tx=outer_optimizer(cfg, meta_rate, inner_rate),
         meta_rate=meta_rate,
-        cold_tx=inner_optimizer(cfg.inner, cold_rate, cfg.cold_start.weight_decay, cfg.cold_start.clip_norm),
-        cold_rate=cold_rate,
     )
+
+
+def supervised(cfg: Any, phase: Any, problem: Problem) -> tuple[Step, optax.GradientTransformation]:
+    """The jitted step of a phase of plain supervised training, and its optimizer.
+
+    `phase` is the config's `pretrain` or `cold_start`; all weights are 1, whatever weighting the problem has.
+    """
+    rate = optimizers.SCHEDULES[cfg.schedule](phase.lr, phase.num_steps)
+    tx = inner_optimizer(cfg.inner, rate, phase.weight_decay, phase.clip_norm)
+    plain = problem._replace(
+        weights=uniform().apply, inner_tx=tx, num_inner_steps=1, detached=True, example_clip_norm=None
+    )
+    return plain_step(plain, rate, phase.clip_norm, cfg.ema_decay), tx
 
 
 def clip_of_weighted(cfg: Any) -> float | None:

@@ -84,7 +84,10 @@ def test_choices_are_those_that_the_code_knows():
     ("flags", "message"),
     [
         (("--config.inner.lr=inf",), "--config.inner.lr=inf: must be at least 0, and finite"),
-        (("--config.num_steps=0", "--config.cold_start.num_steps=0"), "there is nothing to train"),
+        (
+            ("--config.num_steps=0", "--config.cold_start.num_steps=0", "--config.pretrain.num_steps=0"),
+            "nothing to train",
+        ),
         (("--config.weighting.activation=softmax",), "must be one of projected, clip, softplus, sigmoid"),
         (("--config.ema_decay=1.0",), "--config.ema_decay=1.0: must be at least 0 and below 1"),
         (("--config.hypergradient=darts",), "must be one of auto, unrolled"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.data import noisy_steps, pictures
 from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS
-from dreamprm_jax.data.noisy_steps import ROOMS, Sizes, make
+from dreamprm_jax.data.noisy_steps import CELLS, Sizes, make
 from dreamprm_jax.data.tokens import encode, wrap
 from dreamprm_jax.errors import InputError
 
@@ -20,6 +20,7 @@ SMALL = Sizes(
     flipped=100,
     always_plus=100,
     trivial=20,
+    shifted=60,
     meta_questions=20,
     test_questions=150,
 )
@@ -30,12 +31,53 @@ def splits():
     return make(7, SMALL)
 
 
-def read_doors(png: bytes) -> dict[str, str]:
-    """The doors as the picture shows them: the darkest quarter of each room."""
-    grey = np.asarray(Image.open(io.BytesIO(png)).convert("L"), float)
-    quarters = grey.reshape(2, 2, 7, 2, 2, 7).mean((2, 5))  # [row, quarter row, column, quarter column]
-    doors = quarters.transpose(0, 2, 1, 3).reshape(4, 4).argmin(1)
-    return {room: ROOMS[door] for room, door in zip(ROOMS, doors, strict=True)}
+def ink_of(png: bytes) -> np.ndarray:
+    """Where the picture differs from its ground, the commoner of its two colours: bool [4, 14, 14], cell by cell."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), int)
+    colours, place, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    assert len(colours) == 2
+    ink = (place.reshape(28, 28) == counts.argmin()).reshape(2, 14, 2, 14)
+    return ink.transpose(0, 2, 1, 3).reshape(4, 14, 14)
+
+
+def cut(ink: np.ndarray) -> np.ndarray:
+    """The smallest rectangle that holds all ink."""
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def read_clock(ink: np.ndarray) -> int:
+    """Quarters past twelve: which side of the dial is heavier."""
+    dial = cut(ink)
+    half = dial.shape[0] // 2
+    sides = (dial[:, -half:], dial[-half:], dial[:, :half], dial[:half])  # right, bottom, left, top
+    return 1 + int(np.argmax([side.sum() for side in sides]))
+
+
+def read_shape(ink: np.ndarray) -> int:
+    """Disc, cross, triangle, square: by the middle and the corners."""
+    shape = cut(ink)
+    if not shape[shape.shape[0] // 2, shape.shape[1] // 2]:
+        return 4
+    if shape[0, 0]:
+        return 2
+    return 3 if shape[-1, 0] else 1
+
+
+READERS = {
+    "grid": lambda ink: 1 + 2 * int(ink.any(1).argmax() > 3) + int(ink.any(0).argmax() > 3),
+    "dice": lambda ink: {16: 1, 18: 2, 34: 3, 36: 4}[int(ink.sum())],  # a middle pip of 4 x 4, outer ones of 3 x 3
+    "bars": lambda ink: cut(ink).shape[0] // 3,
+    "clock": read_clock,
+    "shapes": read_shape,
+    "table": lambda ink: 1 + int(cut(ink).all(1).argmax()) // 3,
+}
+
+
+def read_numbers(example) -> dict[str, str]:
+    """The numbers as the picture shows them, read without the code that drew them."""
+    notation = example.turns[0].text.removeprefix("<image>").split()[0].split(":")[0]
+    return {cell: str(READERS[notation](ink)) for cell, ink in zip(CELLS, ink_of(example.images[0]), strict=True)}
 
 
 def steps_of(example) -> list[str]:
@@ -47,10 +89,10 @@ def labels_of(example) -> tuple[str, ...]:
 
 
 def truth_from_picture(example) -> tuple[str, ...]:
-    doors, right, labels = read_doors(example.images[0]), True, []
+    numbers, right, labels = read_numbers(example), True, []
     for step in steps_of(example):
-        room, target = step.split(">")
-        right = right and doors[room] == target
+        cell, target = step.split(">")
+        right = right and numbers[cell] == target
         labels.append(PLUS if right else MINUS)
     return tuple(labels)
 
@@ -79,15 +121,16 @@ def test_rows_count_from_zero_in_every_split(splits):
 
 def test_corrupted_means_that_a_label_differs_from_the_picture(splits):
     rows = [example for example in splits.train if example.dataset != "trivial"]
-    assert len(rows) == 300
+    assert len(rows) == 360
     for example in rows:
         assert example.corrupted == (labels_of(example) != truth_from_picture(example)), example.place
 
 
 def test_sources(splits):
     by_source = {name: [e for e in splits.train if e.dataset == name] for name in noisy_steps.SOURCES}
-    assert [len(rows) for rows in by_source.values()] == [100, 100, 100, 20]
-    assert not any(example.corrupted for example in by_source["clean"] + by_source["trivial"])
+    assert [len(rows) for rows in by_source.values()] == [100, 100, 100, 20, 60]
+    honest = by_source["clean"] + by_source["trivial"] + by_source["shifted"]
+    assert not any(example.corrupted for example in honest)
     assert 0.65 < np.mean([example.corrupted for example in by_source["flipped"]]) < 0.95  # flip_rate 0.8
     assert all(MINUS not in labels_of(example) for example in by_source["always_plus"])
     assert all(example.corrupted == (MINUS in truth_from_picture(example)) for example in by_source["always_plus"])
@@ -95,6 +138,32 @@ def test_sources(splits):
 
 def test_flip_rate_zero_is_clean():
     assert not any(e.corrupted for e in make(1, SMALL._replace(flip_rate=0.0)).train if e.dataset == "flipped")
+
+
+def test_dropping_the_corrupted_rows_leaves_the_others_as_they_are(splits):
+    kept = make(7, SMALL._replace(drop_corrupted=True)).train
+    whole = [example for example in splits.train if not example.corrupted]
+    assert 0 < len(kept) < len(splits.train) and [example.row for example in kept] == list(range(len(kept)))
+    assert [example.images for example in kept] == [example.images for example in whole]
+    assert [example.turns for example in kept] == [example.turns for example in whole]
+
+
+def test_every_number_of_every_notation_can_be_read():
+    rng = np.random.default_rng(0)
+    for notation, reader in READERS.items():
+        for dark in (False, True):
+            for _ in range(20):
+                values = rng.permutation(4)
+                png = pictures.encode_png(pictures.draw(rng, notation, values, dark=dark))
+                assert [reader(ink) for ink in ink_of(png)] == [value + 1 for value in values], notation
+    assert list(READERS) == list(pictures.NOTATIONS)
+
+
+def test_the_shifted_style_is_light_on_dark(splits):
+    brightness = {True: [], False: []}
+    for example in splits.train:
+        brightness[example.dataset == "shifted"].append(np.asarray(Image.open(io.BytesIO(example.images[0]))).mean())
+    assert max(brightness[True]) < min(brightness[False])
 
 
 def test_candidates_are_judged_by_the_picture(splits):
@@ -116,10 +185,10 @@ def test_wrong_chains_have_wrong_answers(splits):
 
 def test_a_chain_that_went_wrong_stays_wrong(splits):
     for question in splits.test:
-        doors = read_doors(question.examples[0].images[0])
+        numbers = read_numbers(question.examples[0])
         for example, labels in zip(question.examples, question.step_labels, strict=True):
             claims = [step.split(">") for step in steps_of(example)]
-            assert [doors[room] == target for room, target in claims] == [label == PLUS for label in labels]
+            assert [numbers[cell] == target for cell, target in claims] == [label == PLUS for label in labels]
 
 
 def test_meta_has_outcomes_only(splits):
@@ -136,8 +205,8 @@ def test_candidates_are_of_mixed_quality(splits):
 
 def test_text_alone_does_not_give_the_verdict():
     """The best guess from a chain's text, learnt on half of the chains, tried on the rest."""
-    rows = make(11, SMALL._replace(clean=4000, flipped=0, always_plus=0, trivial=0)).train
-    text = np.array([ROOMS.index(s.split(">")[i]) for e in rows for s in steps_of(e) for i in (0, 1)])
+    rows = make(11, SMALL._replace(clean=4000, flipped=0, always_plus=0, trivial=0, shifted=0)).train
+    text = np.array([CELLS.index(s.split(">")[i]) for e in rows for s in steps_of(e) for i in (0, 1)])
     code = text.reshape(len(rows), 4) @ np.array([64, 16, 4, 1])
     first = np.array([labels_of(example)[0] == PLUS for example in rows])
     half = len(rows) // 2
@@ -149,10 +218,10 @@ def test_text_alone_does_not_give_the_verdict():
 
 def test_pretraining_is_true_and_never_says_plus_or_minus(splits):
     for example in splits.pretrain:
-        doors = read_doors(example.images[0])
+        numbers = read_numbers(example)
         for question, answer in zip(steps_of(example), labels_of(example), strict=True):
-            room, claim = question.replace("<image>", "").split(">")
-            expected = ("yes" if doors[room] == claim else "no") if claim else doors[room]
+            cell, claim = question.split(">")
+            expected = ("yes" if numbers[cell] == claim else "no") if claim else numbers[cell]
             assert answer == expected, example.place
 
 
@@ -185,7 +254,7 @@ def test_impossible_sizes_name_the_field(field, value):
 @pytest.mark.parametrize(
     "fields",
     [
-        *(["pretrain", "cold_start"], ["clean", "flipped", "always_plus", "trivial"]),
+        *(["pretrain", "cold_start"], list(noisy_steps.SOURCES)),
         *(["meta_questions"], ["meta_candidates"], ["test_questions"], ["candidates"]),
     ],
 )

@@ -16,7 +16,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 
 SIZES = {
-    "pretrain": 16, "cold_start": 16, "clean": 8, "flipped": 8, "always_plus": 4, "trivial": 4,
+    "pretrain": 16, "cold_start": 16, "clean": 8, "flipped": 8, "always_plus": 4, "trivial": 4, "shifted": 4,
     "meta_questions": 4, "test_questions": 6,
 }  # fmt: skip
 
@@ -24,8 +24,8 @@ SIZES = {
 def small_config(get_config=table.get_config):
     cfg = get_config()
     cfg.noisy_steps.update({name: size for name, size in SIZES.items() if name in cfg.noisy_steps})
-    cfg.cold_start.num_steps, cfg.num_steps, cfg.checkpoint_every = 3, 7, 2
-    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = 4
+    cfg.pretrain.num_steps, cfg.cold_start.num_steps, cfg.num_steps, cfg.checkpoint_every = 2, 3, 7, 2
+    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = cfg.pretrain.batch_size = 4
     cfg.log_meta_grad, cfg.inner.clip_norm = True, 5.0  # a clip that the cold start does not have
     return cfg
 
@@ -57,6 +57,7 @@ def test_a_run_leaves_every_file(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "instance_weights.jsonl",
+        "test_scores.jsonl",
         "meta_params.safetensors", "summary.json", "report.html",
     }  # fmt: skip
     assert json.loads((workdir / "summary.json").read_text()) == summary
@@ -69,7 +70,7 @@ def test_a_run_leaves_every_file(finished):
 def test_metrics_have_a_line_a_step_with_what_the_step_did(finished):
     rows = lines(finished[0])
     assert [row["step"] for row in rows] == list(range(10))
-    assert [row["phase"] for row in rows] == ["cold_start"] * 3 + ["bilevel"] * 7
+    assert [row["phase"] for row in rows] == ["pretrain"] * 2 + ["cold_start"] * 3 + ["bilevel"] * 7
     for row in rows[:3]:
         assert not {"meta_loss", "meta_lr", "instance_weights", "meta_grad"} & set(row)
     for row in rows[3:]:

@@ -70,18 +70,19 @@ class Sizes(NamedTuple):
     pretrain: int = 8000  # dialogues of `pretrain_turns` look-ups each
     pretrain_turns: int = 2
     pretrain_check_rate: float = 0.5  # share of the turns that ask whether a number is so, not which it is
-    cold_start: int = 500  # chains with step labels
-    cold_start_flip_rate: float = 0.0  # share of cold-start chains with the opposite verdict
-    clean: int = 600  # training chains per source
+    pretrain_dark_rate: float = 0.25  # share of the pictures that are light on dark
+    cold_start: int = 2000  # chains with step labels; the dialogues are seen along with them
+    cold_start_flip_rate: float = 0.42  # share of cold-start chains with the opposite verdict
+    clean: int = 1200  # training chains per source
     flipped: int = 900
-    always_plus: int = 200
-    trivial: int = 100
-    shifted: int = 200
+    always_plus: int = 450
+    trivial: int = 150
+    shifted: int = 300
     drop_corrupted: bool = False  # leave out what a perfect selection would: the upper reference
     flip_rate: float = 0.8  # share of the chains of `flipped` with the opposite verdict
-    right_rate: float = 0.42
+    right_rate: float = 0.5
     early_error_rate: float = 0.8  # a wrong chain's first error is at step 0; else uniform over the later steps
-    meta_questions: int = 50
+    meta_questions: int = 100
     meta_candidates: int = 4  # chains per meta question
     meta_right_rate: float = 0.5  # share of right chains in the meta set
     test_questions: int = 500
@@ -194,7 +195,7 @@ def _pretrain(rng: np.random.Generator, sizes: Sizes) -> list[Example]:
 
 
 def _dialogue(rng: np.random.Generator, row: int, sizes: Sizes) -> Example:
-    board = _board(rng)
+    board = _board(rng, dark=rng.random() < sizes.pretrain_dark_rate)
     turns = []
     for index in rng.permutation(len(CELLS))[: sizes.pretrain_turns]:
         cell, target = CELLS[index], board.numbers[CELLS[index]]
