@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 from absl import flags, logging
@@ -129,6 +130,11 @@ def main(argv: list[str]) -> int:
         log_machine(cfg)
         if cfg.task == "score":
             from dreamprm_jax.scoring import run_scoring as run_task
+        elif cfg.task == "compare":
+            from configs.compare import part_configs
+            from dreamprm_jax.compare import run_comparison
+
+            run_task = partial(run_comparison, configs=part_configs(cfg))
         else:
             from dreamprm_jax.experiment import run_training as run_task
         summary = run_task(cfg, workdir)

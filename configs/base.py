@@ -14,7 +14,7 @@ from dreamprm_jax.data import noisy_steps
 def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
     cfg = config_dict.ConfigDict()
-    cfg.task = "train"  # train | score
+    cfg.task = "train"  # train | score | compare
     cfg.recipe = "corrected"  # which reading of the method the values follow: published | paper | corrected
     cfg.seed = 0  # data order, embedded benchmark and fresh parameters
 
@@ -115,7 +115,18 @@ def get_config() -> config_dict.ConfigDict:
     cfg.output = config_dict.placeholder(str)  # scores, JSON lines; None: scores.jsonl in the workdir
     cfg.score = config_dict.ConfigDict()
     cfg.score.history = "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
+
+    cfg.compare = config_dict.ConfigDict()  # task=compare
+    cfg.compare.seeds = (0, 1, 2, 3, 4)  # each a benchmark and a cold start of its own; 0 or above, each once
+    cfg.compare.methods = COMPARED  # any of COMPARED: configs/compare.py says what each is
+    cfg.compare.jobs = 0  # trainings side by side, each on one core; 0: as many as cores; an accelerator takes one
+    # What is varied besides: none | corruption (of the training rows) | meta_size (questions): dreamprm_jax/sweeps.py
+    cfg.compare.sweep = "none"
+    cfg.compare.sweep_methods = ("uniform", "table", "net")  # in place of `methods` where something is varied
     return cfg
+
+
+COMPARED = ("uniform", "domain", "table", "net", "table_identity", "net_identity", "clean")
 
 
 def split_arguments(arguments: str, allowed: dict[str, tuple[str, ...]]) -> dict[str, str]:
@@ -223,6 +234,11 @@ def _at_least(minimum: float):
     return (lambda value: value is None or minimum <= value < math.inf), f"at least {minimum}, and finite"
 
 
+def _some_of(values: tuple[str, ...]):
+    permitted = "one or more of " + ", ".join(values)
+    return (lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(values)), permitted
+
+
 FEATURES = ("loss", "prob", "label", "label_probs", "hidden")
 ACTIVATIONS = {
     "table": ("projected", "clip", "softplus", "sigmoid"),
@@ -230,7 +246,7 @@ ACTIVATIONS = {
 }
 
 CHECKS = {
-    "task": _one_of("train", "score"),
+    "task": _one_of("train", "score", "compare"),
     "seed": _at_least(0),
     "data": _one_of("files", "embedded"),
     "model.param_dtype": _one_of("float32", "bfloat16"),
@@ -265,10 +281,7 @@ CHECKS = {
     "inner.clip_norm": _at_least(0),
     "inner.clip_place": _one_of("after", "per_example"),
     "weighting.name": _one_of("uniform", "domain", "table", "net"),
-    "weighting.features": (
-        lambda value: len(value) > 0 and set(value) <= set(FEATURES),
-        "one or more of " + ", ".join(FEATURES),
-    ),
+    "weighting.features": _some_of(FEATURES),
     "weighting.hidden": _at_least(1),
     "outer.optimizer": _one_of("per_entry", "adamw", "hf_adamw"),
     "outer.lr": _at_least(0),
@@ -279,6 +292,14 @@ CHECKS = {
     "checkpoint_every": _at_least(1),
     "checkpoints_to_keep": _at_least(1),
     "score.history": _one_of("plus", "given"),
+    "compare.seeds": (
+        lambda value: 0 < len(value) == len(set(value)) and all(type(seed) is int and seed >= 0 for seed in value),
+        "one or more whole numbers from 0, each once, such as 0,1,2",
+    ),
+    "compare.methods": _some_of(COMPARED),
+    "compare.jobs": _at_least(0),
+    "compare.sweep": _one_of("none", "corruption", "meta_size"),
+    "compare.sweep_methods": _some_of(COMPARED),
 }
 
 

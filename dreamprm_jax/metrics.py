@@ -36,14 +36,17 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(to_json(row)) + "\n" for row in rows))
 
 
-def read_metrics(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    path = workdir / METRICS_FILE
-    if not path.is_file():
-        return []
+def read_json_lines(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; a last line cut off by a kill is left out."""
     return [
         json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, none before there is one."""
+    path = workdir / METRICS_FILE
+    return read_json_lines(path) if path.is_file() else []
 
 
 class MetricsWriter:

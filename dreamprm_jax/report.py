@@ -1,111 +1,76 @@
-"""report.html: one self-contained page with a run's curves and weights."""
+"""report.html: one self-contained page with a run's curves, weights, scores and extreme rows."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
+from dreamprm_jax import page, plots
+from dreamprm_jax.data.conversation import IMAGE_MARKER
+from dreamprm_jax.data.example import HUMAN, Example
 from dreamprm_jax.metrics import read_metrics, write_text
 
-matplotlib.use("Agg")
-
-_PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; height: auto; } table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } figure { margin: 2rem 0; }
-figcaption { color: #555; } .scroll { overflow-x: auto; } code { background: #f4f4f4; padding: 0 .3em; }
-</style></head><body>
-<h1>{{ title }}</h1>
-{% for table in tables %}<h2>{{ table.title }}</h2><div class="scroll"><table>
-<tr>{% for name in table.head %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr>{% for cell in row %}
-<td{% if cell is number %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>{% endfor %}
-{% for figure in figures %}<figure><img alt="{{ figure.caption }}" src="data:image/png;base64,{{ figure.png }}">
-<figcaption>{{ figure.caption }}</figcaption></figure>{% endfor %}
-<h2>Config</h2><pre>{{ config }}</pre>
-</body></html>
-""")
+NUM_EXTREMES = 10
+"""Rows of highest weight, and of lowest, that the report pictures."""
 
 
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return base64.b64encode(buffer.getvalue()).decode()
+class Pictured(NamedTuple):
+    """A training row for the gallery."""
+
+    example: Example
+    weight: float
+    step_scores: Sequence[float]  # P("+") under the trained model, all earlier labels "+"
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Trailing mean over up to `window` values: [n] -> [n]."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def curves(rows: Sequence[dict]) -> Figure:
-    """Training and meta loss by step; faint: each step, strong: trailing mean over 2% of the run, phase by phase."""
-    figure = Figure(figsize=(9, 3.5))
-    axes = figure.subplots()
-    window = max(1, len(rows) // 50)
-    for phase, phase_rows in groupby(rows, key=lambda row: row["phase"]):
-        phase_rows = list(phase_rows)
-        steps = [row["step"] for row in phase_rows]
-        axes.axvline(steps[0], color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            phase, (steps[0], 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
-        )
-        for name, colour in (("inner_loss", "tab:blue"), ("meta_loss", "tab:orange")):
-            if name in phase_rows[0]:
-                values = [row[name] for row in phase_rows]
-                axes.plot(steps, values, colour, alpha=0.25, linewidth=0.7)
-                axes.plot(steps, smooth(values, window), colour, label=name)
-    axes.set(xlabel="step", ylabel="loss")
-    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each curve once, not once a phase
-    axes.legend(named.values(), named.keys(), loc="upper right")
-    return figure
-
-
-def weight_histogram(groups: dict[str, list[float]]) -> Figure:
-    """How the learned weights are distributed in each group of rows."""
-    figure = Figure(figsize=(9, 3.5))
-    axes = figure.subplots()
-    every = [weight for weights in groups.values() for weight in weights]
-    edges = np.linspace(min(every) - 1e-3, max(every) + 1e-3, 41)
-    for name, weights in sorted(groups.items()):
-        axes.hist(weights, bins=edges, alpha=0.5, label=f"{name} ({len(weights)})")
-    axes.set(xlabel="instance weight", ylabel="rows")
-    axes.legend()
-    return figure
+def group_name(source: str | None, corrupted: bool | None) -> str:
+    """What a row counts under in tables and plots of weights."""
+    return f"{source or 'all rows'}{', corrupted' if corrupted else ''}"
 
 
 def weight_groups(weights: Sequence[dict[str, Any]], domains: Sequence[str | None]) -> dict[str, list[float]]:
     """The weights by source, told apart by corruption where that is known; rows that were never drawn are left out."""
     groups = defaultdict(list)
     for row, domain in zip(weights, domains, strict=True):
-        if not row["visits"] or row["weight"] is None:
-            continue
-        truth = ", corrupted" if row.get("corrupted") else ""
-        groups[f"{domain or 'all rows'}{truth}"].append(row["weight"])
+        if row["visits"] and row["weight"] is not None:
+            groups[group_name(domain, row.get("corrupted"))].append(row["weight"])
     return dict(groups)
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    rounded = [[round(cell, 4) if isinstance(cell, float) else cell for cell in row] for row in rows]
-    return {"title": title, "head": head, "rows": rounded}
+def extremes(weights: Sequence[dict[str, Any]], count: int = NUM_EXTREMES) -> tuple[list[int], list[int]]:
+    """The rows of highest and of lowest weight among those drawn, from the very highest and the very lowest on.
+
+    At most half of the rows each, so that none is in both; none at all where the weights are equal.
+    """
+    drawn = [row for row in weights if row["visits"] and row["weight"] is not None]
+    if len({row["weight"] for row in drawn}) < 2:
+        return [], []
+    ordered = [row["example_id"] for row in sorted(drawn, key=lambda row: row["weight"])]
+    count = min(count, len(ordered) // 2)
+    return ordered[::-1][:count], ordered[:count]
+
+
+def galleries(highest: Sequence[Pictured], lowest: Sequence[Pictured]) -> list[page.Gallery]:
+    """Both ends of the weights, row by row."""
+    note = (
+        'Each step with the label that it was trained on, coloured by the trained model\'s P("+") after it (in '
+        "brackets): green where the model believes it, red where it does not."
+    )
+    named = {"Rows of highest weight": highest, "Rows of lowest weight": lowest}
+    return [page.Gallery(title, note, list(map(_card, rows))) for title, rows in named.items() if rows]
+
+
+def _card(row: Pictured) -> page.Card:
+    example = row.example
+    steps = [turn.text.replace(IMAGE_MARKER, "") for turn in example.turns if turn.role == HUMAN]
+    labels = [turn.text for turn in example.turns if turn.role != HUMAN]
+    truth = {True: ", corrupted", False: ", not corrupted", None: ""}[example.corrupted]
+    title = f"row {example.row}, {example.dataset or 'no source'}{truth}: weight {row.weight:.3f}"
+    scored = [page.Step(*step) for step in zip(steps, labels, map(float, row.step_scores), strict=True)]
+    return page.Card(title, example.images[0], scored)
 
 
 def write_report(
@@ -114,6 +79,9 @@ def write_report(
     weights: Sequence[dict[str, Any]],
     domains: Sequence[str | None],
     config: str,
+    *,
+    scored: Sequence[dict[str, Any]] = (),
+    pictured: tuple[Sequence[Pictured], Sequence[Pictured]] = ((), ()),
 ) -> None:
     """Writes `workdir/report.html`.
 
@@ -123,22 +91,37 @@ def write_report(
       weights: the lines of instance_weights.jsonl; may be empty.
       domains: each line's source.
       config: shown as it stands.
+      scored: the lines of test_scores.jsonl, where there is a test.
+      pictured: the rows of highest and of lowest weight, where they are to be shown.
     """
+    rows = read_metrics(workdir)
     plain = [(name, value) for name, value in summary.items() if not isinstance(value, dict)]
-    tables = [_table("Summary", ("figure", "value"), plain)]
+    tables = [page.Table("Summary", ("figure", "value"), plain)]
     for name, value in summary.items():
         if isinstance(value, dict):
-            tables.append(_table(name.replace("_", " "), ("figure", "value"), list(value.items())))
-    figures = [
-        {
-            "caption": "Losses by step (faint: each step; strong: trailing mean).",
-            "png": _png(curves(read_metrics(workdir))),
-        }
-    ]
+            tables.append(page.Table(name.replace("_", " "), ("figure", "value"), list(value.items())))
+    shown = [_plot("losses", "Losses by step (faint: each step; strong: trailing mean).", plots.losses_by_step(rows))]
     groups = weight_groups(weights, domains) if weights else {}
     if groups:
-        rows = [(name, len(v), float(np.mean(v)), float(np.std(v))) for name, v in sorted(groups.items())]
-        tables.append(_table("Learned weights", ("rows", "number", "mean", "standard deviation"), rows))
-        figures.append({"caption": "Learned instance weights.", "png": _png(weight_histogram(groups))})
+        lines = [(name, len(v), float(np.mean(v)), float(np.std(v))) for name, v in sorted(groups.items())]
+        tables.append(page.Table("Learned weights", ("rows", "number", "mean", "standard deviation"), lines))
+        shown.append(_plot("weights", "Learned instance weights.", plots.weight_histogram(groups)))
+    if any("instance_weights" in row for row in rows):
+        names = [group_name(domain, row.get("corrupted")) for row, domain in zip(weights, domains, strict=True)]
+        panels = {"mean weight of the rows drawn": plots.weight_curves(rows, names)}
+        figure = plots.curve_panels(panels, "step", "weight")
+        shown.append(_plot("weights_by_source", "Instance weights by source over the training.", figure))
+    if scored:
+        figure = plots.score_histograms({"test chains": right_and_wrong(scored)})
+        shown.append(_plot("scores", "Scores of right and of wrong test chains.", figure))
     title = f"DreamPRM-1.5 in JAX: {summary['weighting']}, recipe {summary['recipe']}"
-    write_text(workdir / "report.html", _PAGE.render(title=title, tables=tables, figures=figures, config=config))
+    write_text(workdir / "report.html", page.render(title, tables, shown, config, galleries=galleries(*pictured)))
+
+
+def right_and_wrong(scored: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """The scores of the right chains and of the wrong ones."""
+    return tuple([line["score"] for line in scored if line["correct"] == correct] for correct in (True, False))
+
+
+def _plot(name: str, caption: str, figure: Any) -> page.Plot:
+    return page.Plot(name, caption, page.png_of(figure))

@@ -15,14 +15,13 @@ import optax
 from safetensors.numpy import save_file
 from sklearn.metrics import roc_auc_score
 
-from dreamprm_jax import build
+from dreamprm_jax import build, report
 from dreamprm_jax.checkpoint import Model, Snapshot
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.example import PLUS
 from dreamprm_jax.evaluate import Candidates, best_of_n, label_accuracy
 from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
-from dreamprm_jax.report import write_report
-from dreamprm_jax.scoring import score_dataset
+from dreamprm_jax.scoring import score_dataset, with_plus_history
 from dreamprm_jax.steps import SUPERVISED
 from dreamprm_jax.types import Batch, BilevelState
 from dreamprm_jax.weighting import Weighting, uniform
@@ -42,7 +41,8 @@ def instance_weights(
     else:
         every = Batch(*[None] * 6, example_id=np.arange(num_rows), example_mask=np.ones(num_rows, bool))
         found = np.asarray(weighting.apply(state.meta_params, every, {}))
-    visits = batches.count_visits(build.rows_of(cfg, "train", data.train), cfg.num_steps, num_rows)
+    drawn = build.rows_of(cfg, "train", data.train) if cfg.num_steps else None  # a cold start draws none of them
+    visits = np.zeros(num_rows, int) if drawn is None else batches.count_visits(drawn, cfg.num_steps, num_rows)
     lines = []
     for row, example in enumerate(data.train.examples):
         weight = None if np.isnan(found[row]) else found[row]
@@ -120,14 +120,24 @@ def test_lines(cfg: Any, model: Model, data: build.TrainingData) -> list[dict[st
 
 def test_figures(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
     """What summary.json says of the test: selection by the score, and how well steps are told apart."""
-    questions = [
-        Candidates(*(tuple(line[field] for line in group) for field in ("answer", "correct", "score")))
-        for _, group in groupby(lines, key=lambda line: line["question"])
-        for group in [list(group)]
-    ]
     is_right = [label == PLUS for line in lines for label in line["step_labels"]]
     scores = np.concatenate([line["step_scores_two_token"] for line in lines])
+    questions = candidates(lines, [line["score"] for line in lines])
     return {"best_of_n": best_of_n(questions), "steps": label_accuracy(is_right, scores)}
+
+
+def candidates(lines: Sequence[dict[str, Any]], scores: Sequence[float]) -> list[Candidates]:
+    """The questions of test_scores.jsonl's lines, each chain with the response score given for it."""
+    scored = zip(lines, scores, strict=True)
+    grouped = [list(group) for _, group in groupby(scored, key=lambda pair: pair[0]["question"])]
+    return [
+        Candidates(
+            tuple(line["answer"] for line, _ in group),
+            tuple(line["correct"] for line, _ in group),
+            tuple(float(score) for _, score in group),
+        )
+        for group in grouped
+    ]
 
 
 def training_losses(cfg: Any, model: Model, train: batches.Dataset) -> np.ndarray:
@@ -139,6 +149,24 @@ def training_losses(cfg: Any, model: Model, train: batches.Dataset) -> np.ndarra
         values = np.asarray(losses_of(model.params, batch))
         found[batch.example_id[batch.example_mask]] = values[batch.example_mask]
     return found
+
+
+def pictured(
+    cfg: Any, model: Model, train: batches.Dataset, weights: Sequence[dict[str, Any]]
+) -> tuple[list[report.Pictured], list[report.Pictured]]:
+    """The training rows of highest and of lowest weight, their steps scored as at selection time."""
+    highest, lowest = report.extremes(weights)
+    rows = [*highest, *lowest]
+    if not rows:
+        return [], []
+    examples = [with_plus_history(train.examples[row]) for row in rows]
+    dataset = batches.encode_all(examples, model.tokenizer, train.images, model.config.language.max_positions)
+    scores = score_dataset(model, dataset, batch_size=max(64, cfg.meta_batch_size), aggregate=cfg.aggregate)
+    found = [
+        report.Pictured(train.examples[row], float(weights[row]["weight"]), score.full)
+        for row, score in zip(rows, scores, strict=True)
+    ]
+    return found[: len(highest)], found[len(highest) :]
 
 
 def finish(
@@ -158,7 +186,7 @@ def finish(
         "hypergradient": estimator,
         "num_steps": cfg.num_steps,
     }
-    weights = []
+    weights, scored, extremes = [], [], ((), ())
     if cfg.num_steps or data.test is not None:
         weights = instance_weights(cfg, model, data, weighting, snapshot.state)
         write_json_lines(workdir / "instance_weights.jsonl", weights)
@@ -174,8 +202,10 @@ def finish(
         summary |= test_figures(scored)
         loss_auroc = corruption_auroc(weights, "loss")
         summary["steps"] |= {} if loss_auroc is None else {"loss_auroc": loss_auroc}
+        extremes = pictured(cfg, model, data.train, weights)
     summary["seconds"] = snapshot.progress["seconds"] + time.perf_counter() - began
     domains = [example.dataset for example in data.train.examples]
-    write_report(workdir, summary, weights, domains, cfg.to_json_best_effort(indent=2))
+    config = cfg.to_json_best_effort(indent=2)
+    report.write_report(workdir, summary, weights, domains, config, scored=scored, pictured=extremes)
     write_text(workdir / "summary.json", json.dumps(summary, indent=2))
     return summary

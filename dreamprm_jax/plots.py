@@ -1,0 +1,177 @@
+"""The plots of the reports: numbers in, a matplotlib figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from dreamprm_jax.evaluate import Interval
+
+matplotlib.use("Agg")
+
+NUM_WINDOWS = 40
+"""Points of a curve over a run: each is the mean of a stretch of it."""
+
+
+class Curve(NamedTuple):
+    """A windowed course over a run, W points; NaN where a window has no value."""
+
+    x: np.ndarray  # [W]
+    y: np.ndarray  # [W]
+
+
+def smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Trailing mean over up to `window` values: [n] -> [n]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def losses_by_step(rows: Sequence[dict]) -> Figure:
+    """Training and meta loss by step; faint: each step, strong: trailing mean over 2% of the run, phase by phase."""
+    figure = Figure(figsize=(9, 3.5))
+    axes = figure.subplots()
+    window = max(1, len(rows) // 50)
+    for phase, phase_rows in groupby(rows, key=lambda row: row["phase"]):
+        phase_rows = list(phase_rows)
+        steps = [row["step"] for row in phase_rows]
+        axes.axvline(steps[0], color="grey", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            phase, (steps[0], 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
+        )
+        for name, colour in (("inner_loss", "tab:blue"), ("meta_loss", "tab:orange")):
+            if name in phase_rows[0]:
+                values = [row[name] for row in phase_rows]
+                axes.plot(steps, values, colour, alpha=0.25, linewidth=0.7)
+                axes.plot(steps, smooth(values, window), colour, label=name)
+    axes.set(xlabel="step", ylabel="loss")
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each curve once, not once a phase
+    axes.legend(named.values(), named.keys(), loc="upper right")
+    return figure
+
+
+def weight_histogram(groups: dict[str, list[float]]) -> Figure:
+    """How the learned weights are distributed in each group of rows."""
+    figure = Figure(figsize=(9, 3.5))
+    axes = figure.subplots()
+    every = [weight for weights in groups.values() for weight in weights]
+    edges = np.linspace(min(every) - 1e-3, max(every) + 1e-3, 41)
+    for name, weights in sorted(groups.items()):
+        axes.hist(weights, bins=edges, alpha=0.5, label=f"{name} ({len(weights)})")
+    axes.set(xlabel="instance weight", ylabel="rows")
+    axes.legend()
+    return figure
+
+
+def weight_curves(rows: Sequence[dict], groups: Sequence[str]) -> dict[str, Curve]:
+    """The mean weight that each group of training rows was given, over the run.
+
+    Args:
+      rows: lines of metrics.jsonl; those without instance weights (a cold start's) are passed over.
+      groups: the group of each training row, by its example id.
+    """
+    rows = [row for row in rows if "instance_weights" in row]
+    names = sorted(set(groups))
+    number = {name: position for position, name in enumerate(names)}
+    steps, means = [], []
+    for window in _windows(len(rows)):
+        drawn = [number[groups[row]] for line in rows[window] for row in line["example_ids"]]
+        weights = np.concatenate([line["instance_weights"] for line in rows[window]])
+        counts = np.bincount(drawn, minlength=len(names)).astype(float)
+        sums = np.bincount(drawn, weights, minlength=len(names))
+        means.append(np.divide(sums, counts, out=np.full(len(names), np.nan), where=counts > 0))
+        steps.append(np.mean([line["step"] for line in rows[window]]))
+    return {
+        name: Curve(np.array(steps), np.array(values)) for name, values in zip(names, np.transpose(means), strict=True)
+    }
+
+
+def loss_curve(rows: Sequence[dict], name: str) -> Curve:
+    """A loss over the training rows drawn so far, for runs that draw different numbers of them in a step."""
+    rows = [row for row in rows if name in row]
+    drawn = np.cumsum([len(row["example_ids"]) for row in rows])
+    windows = _windows(len(rows))
+    values = np.array([row[name] for row in rows])
+    return Curve(np.array([drawn[w].mean() for w in windows]), np.array([values[w].mean() for w in windows]))
+
+
+def _windows(count: int) -> list[slice]:
+    edges = np.linspace(0, count, min(NUM_WINDOWS, count) + 1).astype(int)
+    return [slice(first, last) for first, last in pairwise(edges)]
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Of several runs, point by point, over those that have a value there."""
+    values = np.ma.masked_invalid([curve.y for curve in curves])
+    return Curve(curves[0].x, values.mean(axis=0).filled(np.nan))
+
+
+def curve_panels(panels: dict[str, dict[str, Curve]], xlabel: str, ylabel: str) -> Figure:
+    """Named curves, a panel for each group of them; "NAME, corrupted" is a dashed curve in the colour of NAME."""
+    figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        bases = list(dict.fromkeys(name.partition(",")[0] for name in curves))
+        for name, curve in curves.items():
+            base, _, kind = name.partition(",")
+            style = "--" if kind else "-"
+            axes.plot(*curve, style, color=f"C{bases.index(base) % 10}", label=name)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def score_histograms(groups: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """How the scores of right and of wrong chains are distributed, a panel for each name: {name: (right, wrong)}."""
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(9 if columns > 1 else 6, 2.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (name, (right, wrong)) in zip(panels, groups.items(), strict=False):
+        edges = np.linspace(0, 1, 31)
+        axes.hist(right, bins=edges, alpha=0.5, color="tab:green", density=len(right) > 0, label="right")
+        axes.hist(wrong, bins=edges, alpha=0.5, color="tab:red", density=len(wrong) > 0, label="wrong")
+        axes.set(title=name, xlabel="score", ylabel="density")
+        axes.legend()
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def means_beside(values: dict[str, Interval], references: dict[str, float], ylabel: str) -> Figure:
+    """Means with intervals, and references as lines across. Points, as the axis need not begin at 0."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for position, interval in enumerate(values.values()):
+        _interval(axes, [position], [interval], fmt="o", color="black")
+    axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
+    for position, (name, level) in enumerate(references.items()):
+        axes.axhline(level, color=f"C{position}", linestyle="--", label=f"{name} {level:.3f}")
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def sweep_lines(x: Sequence[float], panels: dict[str, dict[str, Sequence[Interval]]], xlabel: str) -> Figure:
+    """Means with intervals against a setting, a panel for each quantity: {ylabel: {name: one interval a setting}}."""
+    figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    for axes, (ylabel, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for name, values in lines.items():
+            _interval(axes, x, values, marker="o", label=name)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _interval(axes: Any, x: Sequence[float], values: Sequence[Interval], **style: Any) -> None:
+    below = [value.mean - value.low for value in values]
+    above = [value.high - value.mean for value in values]
+    # A mean may lie outside the bootstrap's percentiles by rounding.
+    axes.errorbar(x, [value.mean for value in values], np.maximum([below, above], 0), capsize=3, **style)
