@@ -115,8 +115,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 def curve_panels(panels: dict[str, dict[str, Curve]], xlabel: str, ylabel: str) -> Figure:
     """Named curves, a panel for each group of them; "NAME, corrupted" is a dashed curve in the colour of NAME."""
     figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    bases = list(dict.fromkeys(name.partition(",")[0] for curves in panels.values() for name in curves))
     for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        bases = list(dict.fromkeys(name.partition(",")[0] for name in curves))
         for name, curve in curves.items():
             base, _, kind = name.partition(",")
             style = "--" if kind else "-"

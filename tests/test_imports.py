@@ -26,8 +26,13 @@ ORDER = [
     {"checkpoint"},
     {"build", "steps", "train"},
     {"scoring"},
-    {"evaluate", "report"},
-    {"experiment"},
+    {"evaluate", "page", "sweeps"},
+    {"plots"},
+    {"report"},
+    {"results"},
+    {"experiment", "comparison"},
+    {"comparison_report"},
+    {"compare"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 BARE = ("errors", "types", "models", "losses", "weighting", "optimizers", "inner", "hypergradient", "bilevel")

@@ -249,7 +249,9 @@ def test_every_config_builds_and_passes_its_own_checks():
         if path.stem in ("__init__", "base"):
             continue
         module = importlib.import_module(f"configs.{path.stem}")
-        arguments = [""] if path.stem == "score" else ["", "internvl3_1b", "corrected,internvl3_1b", "paper"]
+        arguments = (
+            [""] if path.stem in ("score", "compare") else ["", "internvl3_1b", "corrected,internvl3_1b", "paper"]
+        )
         for argument in arguments:
             cfg = module.get_config(argument)
             base.validate(cfg)

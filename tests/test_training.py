@@ -180,7 +180,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_pa
 
 def test_report_is_one_page_with_pictures_and_no_links(finished):
     page = (finished[0] / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    figures, pictured = page.split("<h2>Rows of highest weight</h2>")
+    assert figures.count("data:image/png;base64,") == figures.count("<img alt=") == 4
+    assert pictured.count("data:image/png;base64,") == pictured.count('<article class="card">') == 20
     assert "http" not in page.split("<body>")[1].split("<pre>")[0]
     assert "flipped, corrupted" in page
     assert "<h1>DreamPRM-1.5 in JAX: table, recipe corrected</h1>" in page
