@@ -194,7 +194,7 @@ def run_part(job: Job) -> tuple[str, bool]:
             return _in_words(run_training(job.cfg, job.workdir)), False
         except Exception as error:  # told in words: not every exception survives the way to another process
             traceback.print_exc()
-            return f"{type(error).__name__}: {error}", True
+            return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True
         finally:
             jax.clear_caches()  # the next part compiles functions of its own
 
@@ -258,6 +258,7 @@ def _begin_worker(cores: Any, settings: dict[str, Any]) -> None:
         os.sched_setaffinity(0, {core})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C goes to all: the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and leaks where one of them is ended
     logging.set_verbosity(logging.WARNING)  # Orbax tells every save in eight lines
     for name, value in settings.items():
         jax.config.update(name, value)
