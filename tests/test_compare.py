@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from concurrent.futures import Future
@@ -209,7 +210,8 @@ def test_fewer_seeds_and_methods_of_the_same_comparison_may_be_asked_for(finishe
 def test_another_comparison_in_the_same_workdir_is_refused(finished):
     cfg = small_config()
     cfg.inner.lr = 0.5
-    with pytest.raises(InputError, match="begun with config.inner.lr=.* now config.inner.lr=0.5"):
+    place = re.escape(f"{finished[0]}/config.json")
+    with pytest.raises(InputError, match=f"{place}: was begun with config.inner.lr=.* now config.inner.lr=0.5"):
         run(cfg, finished[0])
 
 
@@ -391,9 +393,13 @@ def test_a_worker_has_one_core_and_none_outlives_an_error():
     (core,) = executor.submit(os.sched_getaffinity, 0).result()
     assert core in os.sched_getaffinity(0)
     (process,) = multiprocessing.active_children()
-    executor.submit(time.sleep, 600)
+    long = executor.submit(time.sleep, 100)
+    while not long.running():
+        time.sleep(0.01)
+    began = time.monotonic()
     assert not workers.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert not process.is_alive()
+    assert time.monotonic() - began < 60  # ended, not waited for
 
 
 # Sweeps.

@@ -95,6 +95,7 @@ def test_repetitions_that_disagree_widen_the_interval():
     assert narrow.high - narrow.low < (found.high - found.low) * 0.75
 
 
-def test_the_bootstrap_is_the_same_every_time():
-    gain = [np.array([1.0, 0.0, -1.0, 1.0])]
-    assert paired_bootstrap(gain, [np.zeros(4)]) == paired_bootstrap(gain, [np.zeros(4)])
+def test_the_bootstrap_is_the_same_every_time_and_another_with_another_seed():
+    gains, zeros = [np.random.default_rng(seed).normal(size=30) for seed in (1, 2)], [np.zeros(30)] * 2
+    assert paired_bootstrap(gains, zeros) == paired_bootstrap(gains, zeros)
+    assert paired_bootstrap(gains, zeros) != paired_bootstrap(gains, zeros, seed=1)
