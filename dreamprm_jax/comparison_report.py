@@ -41,7 +41,7 @@ def write_reports(workdir: Path, results: dict[str, Any], workdirs: Workdirs, co
       config: shown as it stands.
     """
     tables, shown = tables_of(results), plots_of(results, workdirs)
-    title = f"noisy_steps: {len(results['seeds'])} seeds"
+    title = f"noisy_steps, seeds {', '.join(map(str, results['seeds']))}"
     title += f", by {AXES[results['sweep']]}" if results["sweep"] in AXES else ""
     text = intro(results)
     write_text(workdir / "results.md", "\n\n".join([f"# {title}", text, *map(markdown, tables)]) + "\n")
@@ -53,9 +53,8 @@ def write_reports(workdir: Path, results: dict[str, Any], workdirs: Workdirs, co
 
 def intro(results: dict[str, Any]) -> str:
     """How the tables are to be read."""
-    seeds = ", ".join(map(str, results["seeds"]))
     return (
-        f"Mean and standard error over the seeds {seeds}, each with a benchmark and a cold start of its own. Best of "
+        "Mean and standard error over the seeds, each with a benchmark and a cold start of its own. Best of "
         f"{results['num_candidates']}: share of {results['num_questions']} test questions whose chosen candidate is "
         f"right, in percent; a chain's score is the {results['aggregate'].replace('_', ' ')} of its step scores. Gains "
         "are in points, with 95% intervals of a paired bootstrap over seeds and questions. AUROC: the chance that a "
