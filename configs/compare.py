@@ -101,5 +101,5 @@ def _method(name: str):
 
 def _start_from_checkpoint(cfg) -> None:
     """No cold start of its own, nor the rows of one: the other splits are the same without them."""
-    cfg.cold_start.num_steps = 0
+    cfg.pretrain.num_steps = cfg.cold_start.num_steps = 0
     cfg.noisy_steps.pretrain, cfg.noisy_steps.cold_start = 0, 1

@@ -41,26 +41,37 @@ def settings(sweep: str, sizes: Sizes) -> list[Setting]:
 def expected_share(sizes: Sizes) -> float:
     """Of the training rows that are corrupted: each flipped chain is, and each wrong chain of `always_plus`."""
     corrupted = sizes.flipped * sizes.flip_rate + sizes.always_plus * (1 - sizes.right_rate)
-    return corrupted / sum(getattr(sizes, source) for source in SOURCES)
+    return corrupted / _num_rows(sizes)
 
 
 def with_share(sizes: Sizes, share: float) -> dict[str, int]:
     """Sizes of `clean`, `flipped` and `always_plus` with an expected share of corrupted training rows.
 
-    Their sum stays, and so do the proportion of `flipped` to `always_plus` and the other sources.
+    Their sum stays, and so do the other sources. The proportion of `flipped` to `always_plus` stays as long as there
+    are clean rows to replace; a higher share than that takes rows of the one that has fewer corrupted ones.
 
     Raises:
-      InputError: even without a clean row the share is lower, or there is nothing to add.
+      InputError: the share cannot be reached, or no row is corrupted in the first place.
     """
     noisy, total = sizes.flipped + sizes.always_plus, sizes.clean + sizes.flipped + sizes.always_plus
     if not expected_share(sizes):
         raise InputError("compare.sweep=corruption: no training row is corrupted; give noisy_steps.flipped rows")
     wanted = round(noisy * share / expected_share(sizes))
-    if wanted > total:
+    if wanted <= total:
+        flipped = round(wanted * sizes.flipped / noisy)
+        return {"clean": total - wanted, "flipped": flipped, "always_plus": wanted - flipped}
+    plus_rate = 1 - sizes.right_rate
+    # flipped * flip_rate + (total - flipped) * plus_rate rows are corrupted: solved for flipped.
+    missing, step = share * _num_rows(sizes) - total * plus_rate, sizes.flip_rate - plus_rate
+    flipped = round(missing / step) if step else -1
+    if not 0 <= flipped <= total:
         raise InputError(
-            f"compare.sweep=corruption: {share:.0%} corrupted rows would take {wanted} of the sources flipped and "
-            f"always_plus, but with clean they have {total} rows; raise noisy_steps.flip_rate or lower "
+            f"compare.sweep=corruption: {share:.0%} corrupted rows cannot be reached: clean, flipped and always_plus "
+            f"together have {total} of {_num_rows(sizes)} training rows; raise noisy_steps.flip_rate, or lower "
             "noisy_steps.trivial and noisy_steps.shifted"
         )
-    flipped = round(wanted * sizes.flipped / noisy)
-    return {"clean": total - wanted, "flipped": flipped, "always_plus": wanted - flipped}
+    return {"clean": 0, "flipped": flipped, "always_plus": total - flipped}
+
+
+def _num_rows(sizes: Sizes) -> int:
+    return sum(getattr(sizes, source) for source in SOURCES)

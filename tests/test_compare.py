@@ -32,8 +32,8 @@ PARTS = [f"seed{seed}/{method}" for seed in SEEDS for method in ("cold_start", *
 def small_config():
     cfg = compare.get_config()
     cfg.noisy_steps.update(SIZES)
-    cfg.num_steps, cfg.cold_start.num_steps = 4, 3
-    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = 4
+    cfg.num_steps, cfg.cold_start.num_steps, cfg.pretrain.num_steps = 4, 3, 2
+    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = cfg.pretrain.batch_size = 4
     cfg.compare.seeds, cfg.compare.methods = SEEDS, METHODS
     return cfg
 
@@ -238,6 +238,7 @@ def test_a_part_is_its_methods_own_config():
     assert [name for name, part in parts.items() if part.noisy_steps.drop_corrupted] == ["clean"]
     for name, part in parts.items():
         assert (part.cold_start.num_steps > 0) == (part.num_steps == 0) == (name == "cold_start")
+        assert (part.pretrain.num_steps > 0) == (name == "cold_start")
     for name in ("table", "net"):
         assert parts[f"{name}_identity"].outer.lr == compare.IDENTITY_OUTER_LR[name]
         own = compare._TRAINED[name].get_config()
@@ -405,20 +406,29 @@ def test_a_worker_has_one_core_and_none_outlives_an_error():
 # Sweeps.
 
 
+def num_rows(sizes):
+    return sum(getattr(sizes, source) for source in noisy_steps.SOURCES)
+
+
 def test_corruption_varies_the_share_alone():
     sizes = noisy_steps.Sizes()
     points = settings("corruption", sizes)
     assert [(point.name, point.value) for point in points] == list(
         zip(["0%", "15%", "30%", "45%", "60%"], [0.0, 0.15, 0.3, 0.45, 0.6], strict=True)
     )
-    total = sum(getattr(sizes, source) for source in noisy_steps.SOURCES)
     for point in points:
         changed = sizes._replace(**point.changes)
-        assert sum(getattr(changed, source) for source in noisy_steps.SOURCES) == total
-        assert expected_share(changed) == pytest.approx(point.value, abs=1 / total)
-        assert changed.flipped == pytest.approx(
-            (changed.flipped + changed.always_plus) * sizes.flipped / (sizes.flipped + sizes.always_plus), abs=0.5
-        )
+        assert set(point.changes) == {"clean", "flipped", "always_plus"}
+        assert num_rows(changed) == num_rows(sizes)
+        assert expected_share(changed) == pytest.approx(point.value, abs=1 / num_rows(sizes))
+
+
+def test_the_mix_of_the_noisy_sources_stays_while_there_are_clean_rows():
+    sizes = noisy_steps.Sizes(clean=1000, flipped=600, always_plus=300, trivial=50, shifted=50, right_rate=0.5)
+    low, high = with_share(sizes, 0.3), with_share(sizes, 0.7)
+    # 480 + 150 of the 900 noisy rows are corrupted, so 600 are of 857, two of three of them flipped.
+    assert low == {"clean": 1043, "flipped": 571, "always_plus": 286}
+    assert high == {"clean": 0, "flipped": 1500, "always_plus": 400}  # 1200 + 200 corrupted
 
 
 def test_the_expected_share_is_what_the_generator_makes():
@@ -429,8 +439,9 @@ def test_the_expected_share_is_what_the_generator_makes():
 
 
 def test_a_share_that_the_sizes_have_no_room_for_is_refused():
-    with pytest.raises(InputError, match="% corrupted rows would take .* raise noisy_steps.flip_rate"):
-        settings("corruption", noisy_steps.Sizes(flip_rate=0.3))
+    for sizes in (noisy_steps.Sizes(flip_rate=0.3), noisy_steps.Sizes(flip_rate=0.5, right_rate=0.5)):
+        with pytest.raises(InputError, match="% corrupted rows cannot be reached: .* raise noisy_steps.flip_rate"):
+            settings("corruption", sizes)
     with pytest.raises(InputError, match="no training row is corrupted"):
         settings("corruption", noisy_steps.Sizes(flipped=0, always_plus=0))
 
