@@ -218,8 +218,8 @@ def embedded_scale(cfg: config_dict.ConfigDict) -> None:
         cfg.num_steps = 800
         cfg.batch_size = 64
         cfg.meta_batch_size = 128
-        cfg.inner.lr = 2e-4
-        cfg.outer.lr = 0.2
+        cfg.inner.lr = 1e-4
+        cfg.outer.lr = 0.5
         cfg.outer.weight_decay = 0.0
     else:  # their own rates and batches of one
         cfg.num_steps = 10_000

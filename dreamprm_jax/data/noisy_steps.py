@@ -73,10 +73,10 @@ class Sizes(NamedTuple):
     pretrain_dark_rate: float = 0.25  # share of the pictures that are light on dark
     cold_start: int = 2000  # chains with step labels; the dialogues are seen along with them
     cold_start_flip_rate: float = 0.42  # share of cold-start chains with the opposite verdict
-    clean: int = 1200  # training chains per source
+    clean: int = 1260  # training chains per source
     flipped: int = 900
     always_plus: int = 450
-    trivial: int = 150
+    trivial: int = 90
     shifted: int = 300
     drop_corrupted: bool = False  # leave out what a perfect selection would: the upper reference
     flip_rate: float = 0.8  # share of the chains of `flipped` with the opposite verdict
