@@ -32,8 +32,8 @@ PARTS = [f"seed{seed}/{method}" for seed in SEEDS for method in ("cold_start", *
 def small_config():
     cfg = compare.get_config()
     cfg.noisy_steps.update(SIZES)
-    cfg.num_steps, cfg.cold_start.num_steps, cfg.pretrain.num_steps = 4, 3, 2
-    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = cfg.pretrain.batch_size = 4
+    cfg.num_steps, cfg.cold_start.num_steps, cfg.pretrain.num_steps = 4, 3, 0
+    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = 4
     cfg.compare.seeds, cfg.compare.methods = SEEDS, METHODS
     return cfg
 
