@@ -161,9 +161,10 @@ def means_beside(values: dict[str, Interval], references: dict[str, float], ylab
 def sweep_lines(x: Sequence[float], panels: dict[str, dict[str, Sequence[Interval]]], xlabel: str) -> Figure:
     """Means with intervals against a setting, a panel for each quantity: {ylabel: {name: one interval a setting}}."""
     figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))  # one colour in all panels
     for axes, (ylabel, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, values in lines.items():
-            _interval(axes, x, values, marker="o", label=name)
+            _interval(axes, x, values, marker="o", color=f"C{names.index(name)}", label=name)
         axes.grid(axis="y", alpha=0.3)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
