@@ -42,7 +42,7 @@ def get_config() -> config_dict.ConfigDict:
     cfg.noisy_steps = config_dict.ConfigDict(noisy_steps.Sizes()._asdict())  # the embedded benchmark: see Sizes
 
     # Plain supervised training before the weighting starts. pretrain: the embedded benchmark's stand-in for a
-    # pretrained model, on its own dialogues; cold_start: on labelled chains.
+    # pretrained model, on its own dialogues (a run on files has no such phase); cold_start: on labelled chains.
     for phase in ("pretrain", "cold_start"):
         cfg[phase] = config_dict.ConfigDict()
         cfg[phase].num_steps = 0  # >= 0

@@ -71,6 +71,11 @@ def read_file(source: Any, field: str, *, outcome_required: bool = False) -> lis
     return records.read_examples(source.path, root, outcome_required=outcome_required)
 
 
+def is_embedded(cfg: Any) -> bool:
+    """Whether the run is on the embedded benchmark: it is meant to be, and names no file of its own."""
+    return cfg.data == "embedded" and cfg.train.path is None and cfg.meta.path is None
+
+
 def training_data(cfg: Any, model: Model) -> TrainingData:
     """Reads and checks every row of every data set of the run.
 
@@ -83,7 +88,7 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         images=image_spec(cfg, model.config),
         context=model.config.language.max_positions,
     )
-    if cfg.data == "embedded" and cfg.train.path is None and cfg.meta.path is None:
+    if is_embedded(cfg):
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
         meta = batches.with_outcome_targets(encode(splits.meta), model.tokenizer)
@@ -95,8 +100,6 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
     if cfg.num_steps:
         meta = encode(read_file(cfg.meta, "meta", outcome_required=True))
         meta = batches.with_outcome_targets(meta, model.tokenizer)
-    if cfg.pretrain.num_steps:
-        raise InputError("--config.pretrain.num_steps: files have nothing to pretrain on; leave it at 0")
     return TrainingData(None, train, train, meta, (), None)
 
 
@@ -105,8 +108,9 @@ def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
 
     The cold start of a file run is on the training rows, in their order; each stream has a seed of its own.
     """
-    level = "meta" if stream == "meta" else "train"
-    path = cfg[level].order
+    path = cfg["meta" if stream == "meta" else "train"].order
+    if stream in ("pretrain", "cold_start") and is_embedded(cfg):
+        path = None  # they have rows of their own
     sizes = {  # of a batch, and their number
         "pretrain": (cfg.pretrain.batch_size, cfg.pretrain.num_steps),
         "cold_start": (cfg.cold_start.batch_size, cfg.cold_start.num_steps),

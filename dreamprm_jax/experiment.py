@@ -81,7 +81,7 @@ def phases(
         ("pretrain", cfg.pretrain, data.pretrain),
         ("cold_start", cfg.cold_start, data.cold_start),
     ):
-        if phase.num_steps:
+        if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
             step, tx = steps.supervised(cfg, phase, problem)
             stream = iter(batches.training_batches(dataset, build.rows_of(cfg, name, dataset)))
             found.append((Phase(name, first_step, phase.num_steps, step, (stream,)), tx))

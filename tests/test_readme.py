@@ -21,6 +21,7 @@ COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").spli
 SMALL = [
     "--config.cold_start.num_steps=2", "--config.num_steps=2", "--config.cold_start.batch_size=2",
     "--config.batch_size=2", "--config.meta_batch_size=2", "--config.noisy_steps.test_questions=2",
+    "--config.pretrain.num_steps=2", "--config.pretrain.batch_size=2",
 ]  # fmt: skip
 
 
