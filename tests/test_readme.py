@@ -89,7 +89,7 @@ def workdir(tmp_path_factory):
 def test_the_first_command_writes_what_readme_lists(workdir):
     promised = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
     names = [name.strip("`/ ") for cell in promised for name in cell.split(",")]
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         assert (workdir / name).exists(), name
 
