@@ -9,6 +9,7 @@ import math
 from ml_collections import config_dict
 
 from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.types import SUPERVISED
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -43,7 +44,7 @@ def get_config() -> config_dict.ConfigDict:
 
     # Plain supervised training before the weighting starts. pretrain: the embedded benchmark's stand-in for a
     # pretrained model, on its own dialogues (a run on files has no such phase); cold_start: on labelled chains.
-    for phase in ("pretrain", "cold_start"):
+    for phase in SUPERVISED:
         cfg[phase] = config_dict.ConfigDict()
         cfg[phase].num_steps = 0  # >= 0
         cfg[phase].batch_size = 1  # rows
@@ -256,7 +257,7 @@ CHECKS = {
     "images.max_tiles": ((lambda value: 1 <= value <= 40), "from 1 to 40"),
     **{
         f"{phase}.{field}": _at_least(minimum)
-        for phase in ("pretrain", "cold_start")
+        for phase in SUPERVISED
         for field, minimum in (("num_steps", 0), ("batch_size", 1), ("lr", 0), ("weight_decay", 0), ("clip_norm", 0))
     },
     "num_steps": _at_least(0),

@@ -1,21 +1,18 @@
 """The embedded experiment: every method from the same cold start, by seeds, with intervals.
 
-    python run.py --config=configs/compare.py                                       2 CPU cores, hours
+    python run.py --config=configs/compare.py
     python run.py --config=configs/compare.py --config.compare.seeds=0 --config.compare.methods="('uniform','table')"
     python run.py --config=configs/compare.py --config.compare.sweep=corruption     and meta_size
 
 A method is its own config file (configs/table.py, ...), from the seed's cold start (configs/cold_start.py).
-"identity" is the published formula in place of the exact meta-gradient, at an outer rate tuned for itself; "clean" is
-uniform training without the corrupted rows, the upper reference. A flag that sets another field sets it for all parts.
+"identity" is the published formula in place of the exact meta-gradient, at the same rates: both outer optimizers divide
+by the gradient's own size. "clean" is uniform training without the corrupted rows, the upper reference. A flag that
+sets another field sets it for all parts.
 Takes no arguments: paper-scale data has no truth to compare with.
 """
 
 from configs import base, cold_start, domain, net, table, uniform
 from dreamprm_jax.errors import InputError
-
-# Outer rates of the published formula. Both outer optimizers divide by the gradient's own size, so that the exact
-# gradient's rates are where to start.
-IDENTITY_OUTER_LR = {"table": 0.5, "net": 0.01}
 
 _TRAINED = {"uniform": uniform, "domain": domain, "table": table, "net": net}
 
@@ -96,7 +93,6 @@ def _method(name: str):
     cfg = _TRAINED[weighting].get_config()
     if estimator:
         cfg.hypergradient = estimator
-        cfg.outer.lr = IDENTITY_OUTER_LR[weighting]
     return cfg
 
 

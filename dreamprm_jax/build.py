@@ -20,7 +20,7 @@ from dreamprm_jax.data.example import Example
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem
 from dreamprm_jax.models import internvl, presets
-from dreamprm_jax.types import Batch, PyTree
+from dreamprm_jax.types import SUPERVISED, Batch, PyTree
 
 
 class TrainingData(NamedTuple):
@@ -109,7 +109,7 @@ def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
     The cold start of a file run is on the training rows, in their order; each stream has a seed of its own.
     """
     path = cfg["meta" if stream == "meta" else "train"].order
-    if stream in ("pretrain", "cold_start") and is_embedded(cfg):
+    if stream in SUPERVISED and is_embedded(cfg):
         path = None  # they have rows of their own
     sizes = {  # of a batch, and their number
         "pretrain": (cfg.pretrain.batch_size, cfg.pretrain.num_steps),

@@ -51,7 +51,7 @@ def read_part(workdir: Path, aggregate: str) -> Part:
         "corrupted_share": float(np.mean([line["corrupted"] for line in weights])),
         "seconds": summary["seconds"],
     }
-    return Part({name: value for name, value in figures.items() if value == value}, chosen)  # a NaN is no figure
+    return Part(figures, chosen)
 
 
 def response_scores(step_scores: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:

@@ -60,12 +60,13 @@ def best_of_n(questions: Sequence[Candidates]) -> dict[str, float | int]:
 
 
 def label_accuracy(is_right: Sequence[bool], scores: Sequence[float]) -> dict[str, float]:
-    """How well step scores tell right steps from wrong ones: accuracy at 0.5, and area under the ROC curve."""
+    """How well step scores tell right steps from wrong ones: accuracy at 0.5, and area under the ROC curve.
+
+    There is no such area, and no such key, where all steps are of one kind.
+    """
     truth, found = np.asarray(is_right, bool), np.asarray(scores)
-    return {
-        "step_accuracy": float(np.mean((found > 0.5) == truth)),
-        "step_auroc": float(roc_auc_score(truth, found)) if 0 < truth.sum() < truth.size else float("nan"),
-    }
+    accuracy = {"step_accuracy": float(np.mean((found > 0.5) == truth))}
+    return {**accuracy, "step_auroc": float(roc_auc_score(truth, found))} if len(set(truth)) == 2 else accuracy
 
 
 class Interval(NamedTuple):

@@ -18,7 +18,7 @@ from dreamprm_jax.metrics import MetricsWriter
 from dreamprm_jax.optimizers import derivative_vanishes
 from dreamprm_jax.results import finish
 from dreamprm_jax.train import Cadence, Phase, run_phase
-from dreamprm_jax.types import BilevelState
+from dreamprm_jax.types import SUPERVISED, BilevelState
 from dreamprm_jax.weighting import Weighting
 
 
@@ -77,10 +77,8 @@ def phases(
 ) -> list[tuple[Phase, Any]]:
     """The run's phases, in order, each with the optimizer of its inner level."""
     found, first_step = [], 0
-    for name, phase, dataset in (
-        ("pretrain", cfg.pretrain, data.pretrain),
-        ("cold_start", cfg.cold_start, data.cold_start),
-    ):
+    for name in SUPERVISED:
+        phase, dataset = cfg[name], getattr(data, name)
         if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
             step, tx = steps.supervised(cfg, phase, problem)
             stream = iter(batches.training_batches(dataset, build.rows_of(cfg, name, dataset)))

@@ -188,7 +188,10 @@ def per_entry_rmsprop(
     There is no momentum either: an entry is drawn once an epoch, so the usual ten gradients of memory would be
     ten epochs old, and the model that they spoke of is gone (docs/bilevel.md says what it is worth).
 
-    Decay pulls touched entries towards `centre`, the initial weight, not towards 0.
+    The second moment remembers about five gradients (`decay`), not a whole run: the meta-gradient shrinks as the model
+    comes to fit the meta set, and divided by its early size it could no longer move an entry that was wrong early.
+
+    The weight decay pulls touched entries towards `centre`, the initial weight, not towards 0.
     """
 
     def init(params: Any) -> PerEntryState:

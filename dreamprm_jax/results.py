@@ -22,8 +22,7 @@ from dreamprm_jax.data.example import PLUS
 from dreamprm_jax.evaluate import Candidates, best_of_n, label_accuracy
 from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
 from dreamprm_jax.scoring import score_dataset, with_plus_history
-from dreamprm_jax.steps import SUPERVISED
-from dreamprm_jax.types import Batch, BilevelState
+from dreamprm_jax.types import SUPERVISED, Batch, BilevelState
 from dreamprm_jax.weighting import Weighting, uniform
 
 

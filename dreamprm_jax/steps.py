@@ -17,9 +17,6 @@ from dreamprm_jax.inner import Problem, inner_steps
 from dreamprm_jax.types import Batch, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting, uniform
 
-SUPERVISED = ("pretrain", "cold_start")
-"""Phases of plain training before the weights, by their names in the config and in metrics.jsonl, in order."""
-
 
 class Levels(NamedTuple):
     """The two optimizers of the bilevel phase, and their learning rates by step."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 PyTree = Any
 
+SUPERVISED = ("pretrain", "cold_start")
+"""Phases of plain training before the weights, in order: their names in the config and in metrics.jsonl."""
+
 
 class Batch(NamedTuple):
     """Padded examples. Rows are independent: no value of one row reaches another.

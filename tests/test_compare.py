@@ -240,7 +240,7 @@ def test_a_part_is_its_methods_own_config():
         assert (part.cold_start.num_steps > 0) == (part.num_steps == 0) == (name == "cold_start")
         assert (part.pretrain.num_steps > 0) == (name == "cold_start")
     for name in ("table", "net"):
-        assert parts[f"{name}_identity"].outer.lr == compare.IDENTITY_OUTER_LR[name]
+        assert parts[f"{name}_identity"].outer.lr == parts[name].outer.lr
         own = compare._TRAINED[name].get_config()
         assert (parts[name].inner.lr, parts[name].outer.lr) == (own.inner.lr, own.outer.lr)
 

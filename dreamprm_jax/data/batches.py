@@ -228,7 +228,7 @@ def training_batches(dataset: Dataset, rows: grain.MapDataset, num_inner_steps: 
 def count_visits(rows: grain.MapDataset, num_batches: int, num_rows: int) -> np.ndarray:
     """How often each row is drawn by the first `num_batches` batches: int [num_rows]."""
     drawn = [rows[n] for n in range(num_batches)]
-    return np.bincount(np.concatenate([np.zeros(0, int), *drawn]), minlength=num_rows)
+    return np.bincount(np.concatenate(drawn), minlength=num_rows)
 
 
 def ordered_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
