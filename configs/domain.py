@@ -20,6 +20,6 @@ def get_config(arguments: str = ""):
     cfg.num_inner_steps = 5
     if cfg.recipe == "corrected":
         cfg.outer.optimizer = "adamw"
-        cfg.outer.lr = 0.02 if embedded else 5e-3
+        cfg.outer.lr = 0.05 if embedded else 5e-3
     cfg.num_steps //= cfg.num_inner_steps  # the same number of inner steps
     return cfg.lock()

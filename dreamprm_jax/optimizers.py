@@ -30,6 +30,19 @@ def warmup_cosine(peak: float, num_steps: int, warmup_fraction: float = 0.05) ->
     return schedule
 
 
+def warmup_constant(peak: float, num_steps: int, warmup_fraction: float = 0.05) -> Schedule:
+    """Linear warm-up over the first `warmup_fraction` of the steps, then `peak` to the end.
+
+    For the outer level: the meta-gradient tells more the further the model is, when a cosine has little rate left.
+    """
+    warmup_steps = max(1, round(warmup_fraction * num_steps))
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return peak * jnp.minimum(1.0, (count + 1) / warmup_steps)
+
+    return schedule
+
+
 def warmup_cosine_as_published(peak: float, num_steps: int, warmup_fraction: float = 0.05) -> Schedule:
     """transformers' cosine with a warm-up of `warmup_fraction * num_steps` steps, a fraction of a step included.
 
@@ -46,11 +59,12 @@ def warmup_cosine_as_published(peak: float, num_steps: int, warmup_fraction: flo
     return schedule
 
 
-SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
-    "usual": warmup_cosine,
+SCHEDULES: dict[str, Callable[[float, int, float], Schedule]] = {
+    "cosine": warmup_cosine,
+    "constant": warmup_constant,
     "published": warmup_cosine_as_published,
 }
-"""(peak, num_steps) -> schedule."""
+"""(peak, num_steps, warmup_fraction) -> schedule."""
 
 
 def widen(tree: Any) -> Any:

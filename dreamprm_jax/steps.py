@@ -28,16 +28,20 @@ class Levels(NamedTuple):
 
 
 def levels(cfg: Any) -> Levels:
-    """The optimizers, each with a warmed-up cosine over the phase."""
-    cosine = optimizers.SCHEDULES[cfg.schedule]
-    inner_rate = cosine(cfg.inner.lr, cfg.num_steps * cfg.num_inner_steps)
-    meta_rate = cosine(cfg.outer.lr, cfg.num_steps)
+    """The optimizers, each with its own schedule over the phase."""
+    inner_rate = schedule(cfg.inner, cfg.inner.lr, cfg.num_steps * cfg.num_inner_steps)
+    meta_rate = schedule(cfg.outer, cfg.outer.lr, cfg.num_steps)
     return Levels(
-        inner_tx=inner_optimizer(cfg.inner, inner_rate, cfg.inner.weight_decay, clip_of_weighted(cfg)),
+        inner_tx=inner_optimizer(cfg.inner, cfg.inner, inner_rate, clip_of_weighted(cfg)),
         inner_rate=inner_rate,
         meta_tx=outer_optimizer(cfg, meta_rate, inner_rate),
         meta_rate=meta_rate,
     )
+
+
+def schedule(level: Any, peak: float, num_steps: int) -> optimizers.Schedule:
+    """The learning rate of `level` (the config's `inner` or `outer`) over a phase of `num_steps`."""
+    return optimizers.SCHEDULES[level.schedule](peak, num_steps, level.warmup)
 
 
 def supervised(cfg: Any, phase: Any, problem: Problem) -> tuple[Step, optax.GradientTransformation]:
@@ -45,8 +49,8 @@ def supervised(cfg: Any, phase: Any, problem: Problem) -> tuple[Step, optax.Grad
 
     `phase` is the config's `pretrain` or `cold_start`; all weights are 1, whatever weighting the problem has.
     """
-    rate = optimizers.SCHEDULES[cfg.schedule](phase.lr, phase.num_steps)
-    tx = inner_optimizer(cfg.inner, rate, phase.weight_decay, phase.clip_norm)
+    rate = schedule(cfg.inner, phase.lr, phase.num_steps)
+    tx = inner_optimizer(cfg.inner, phase, rate, phase.clip_norm)
     plain = problem._replace(
         weights=uniform().apply, inner_tx=tx, num_inner_steps=1, detached=True, example_clip_norm=None
     )
@@ -59,16 +63,17 @@ def clip_of_weighted(cfg: Any) -> float | None:
 
 
 def inner_optimizer(
-    inner: Any, rate: optimizers.Schedule, weight_decay: float, clip_norm: float | None
+    inner: Any, phase: Any, rate: optimizers.Schedule, clip_norm: float | None
 ) -> optax.GradientTransformation:
-    """`inner.optimizer` behind the clip of the weighted gradient.
+    """`inner.optimizer` with the eps and the decay of `phase`, behind the clip of the weighted gradient.
 
     At batch size 1 an active clip makes the update independent of the weight: the meta-gradient is truly 0 there.
     """
     if inner.optimizer == "hf_adamw":
-        adam = optimizers.hf_adamw(rate, weight_decay=weight_decay, eps=inner.eps)
+        adam = optimizers.hf_adamw(rate, weight_decay=phase.weight_decay, eps=phase.eps)
     else:
-        adam = optimizers.adamw(rate, weight_decay=weight_decay, eps=inner.eps, decay_all=inner.decay == "all")
+        decay_all = inner.decay == "all"
+        adam = optimizers.adamw(rate, weight_decay=phase.weight_decay, eps=phase.eps, decay_all=decay_all)
     # The same tree with and without a clip: a run's phases may differ in it, and their states share a checkpoint.
     clip = optax.identity() if clip_norm is None else optimizers.clip_by_global_norm(clip_norm)
     return optax.chain(clip, adam)

@@ -9,7 +9,7 @@ from dreamprm_jax.errors import InputError
 
 SHARES = (0.0, 0.15, 0.3, 0.45, 0.6)
 """Of the training rows that are corrupted, expected."""
-META_QUESTIONS = (12, 25, 50, 100, 200)
+META_QUESTIONS = (25, 50, 100, 200, 400)
 
 
 class Setting(NamedTuple):

@@ -46,7 +46,7 @@ def test_published_figures_of_the_released_code(scale):
         assert (cfg.inner.optimizer, cfg.inner.eps, cfg.inner.lr) == ("hf_adamw", 1e-6, 5e-5)
         assert (cfg.inner.clip_norm, cfg.outer.clip_norm, cfg.inner.clip_place) == (1.0, 1.0, "after")
         assert (cfg.step_loss, cfg.meta_target, cfg.meta_loss, cfg.aggregate) == ("mean", "both", "mse", "mean")
-        assert (cfg.outer.optimizer, cfg.outer.weight_decay, cfg.schedule) == ("hf_adamw", 1e-3, "published")
+        assert (cfg.outer.optimizer, cfg.outer.weight_decay, cfg.outer.schedule) == ("hf_adamw", 1e-3, "published")
     assert (table.outer.lr, table.inner.weight_decay) == (5e-3, 0.01)
     assert (table.weighting.activation, table.weighting.minimum, table.weighting.maximum) == ("clip", -1.0, 3.0)
     assert (net.outer.lr, net.inner.weight_decay, net.weighting.hidden) == (1e-4, 0.05, 10)

@@ -49,6 +49,17 @@ def test_schedule_warms_up_peaks_and_ends_near_zero():
     assert np.all(np.diff(rates[5:]) < 0)
 
 
+def test_a_constant_schedule_warms_up_and_stays():
+    schedule = optimizers.warmup_constant(2.0, 100, warmup_fraction=0.04)
+    np.testing.assert_allclose([schedule(step) for step in (0, 1, 3, 4, 99)], [0.5, 1.0, 2.0, 2.0, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+def test_without_a_warm_up_the_first_rate_is_the_peak(name):
+    schedule = optimizers.SCHEDULES[name](2.0, 100, 0.0)
+    assert float(schedule(0)) == 2.0
+
+
 def test_decay_touches_matrices_and_embeddings_only():
     params = {
         "norm": {"scale": 1.0},
