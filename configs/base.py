@@ -244,6 +244,10 @@ def _at_least(minimum: float):
     return (lambda value: value is None or minimum <= value < math.inf), f"at least {minimum}, and finite"
 
 
+def _above(minimum: float):
+    return (lambda value: minimum < value < math.inf), f"above {minimum}, and finite"
+
+
 def _some_of(values: tuple[str, ...]):
     permitted = "one or more of " + ", ".join(values)
     return (lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(values)), permitted
@@ -285,9 +289,7 @@ CHECKS = {
     "inner.lr": _at_least(0),
     "inner.weight_decay": _at_least(0),
     "inner.optimizer": _one_of("adamw", "hf_adamw"),
-    **{
-        f"{phase}.eps": ((lambda value: 0 < value < math.inf), "above 0, and finite") for phase in (*SUPERVISED, "inner")
-    },
+    **{f"{phase}.eps": _above(0) for phase in (*SUPERVISED, "inner")},
     "inner.decay": _one_of("matrices", "all"),
     "inner.clip_norm": _at_least(0),
     "inner.clip_place": _one_of("after", "per_example"),

@@ -5,10 +5,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base
-from dreamprm_jax import weighting
+from dreamprm_jax import steps, weighting
 from dreamprm_jax.hypergradient import ESTIMATORS
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +46,7 @@ def test_published_figures_of_the_released_code(scale):
     for cfg in (table, net):
         assert (cfg.hypergradient, cfg.batch_size, cfg.meta_batch_size) == ("published_fd", 1, 1)
         assert (cfg.inner.optimizer, cfg.inner.eps, cfg.inner.lr) == ("hf_adamw", 1e-6, 5e-5)
+        assert (cfg.cold_start.eps, cfg.inner.schedule) == (1e-6, "published")
         assert (cfg.inner.clip_norm, cfg.outer.clip_norm, cfg.inner.clip_place) == (1.0, 1.0, "after")
         assert (cfg.step_loss, cfg.meta_target, cfg.meta_loss, cfg.aggregate) == ("mean", "both", "mse", "mean")
         assert (cfg.outer.optimizer, cfg.outer.weight_decay, cfg.outer.schedule) == ("hf_adamw", 1e-3, "published")
@@ -80,6 +83,31 @@ def test_choices_are_those_that_the_code_knows():
         base.validate(cfg)
 
 
+@pytest.mark.parametrize("phase", ["inner", "cold_start", "pretrain"])
+def test_each_phase_has_an_eps_and_a_decay_of_its_own(phase):
+    """Adam's first step from a gradient of 1 is rate / (1 + eps), and decay pulls beside it."""
+    cfg = config("table")
+    cfg[phase].eps, cfg[phase].weight_decay = 1.0, 0.5
+    params = {"kernel": jnp.full((1,), 2.0)}
+    moved = {}
+    for name in ("inner", "cold_start", "pretrain"):
+        tx = steps.inner_optimizer(cfg.inner, cfg[name], lambda count: 0.1, None)
+        moved[name] = float(tx.update({"kernel": jnp.ones(1)}, tx.init(params), params)[0]["kernel"][0])
+    assert moved.pop(phase) == pytest.approx(-0.1 * (1 / 2 + 0.5 * 2.0), rel=1e-5)
+    assert all(other < -0.099 and other > -0.103 for other in moved.values())
+
+
+def test_each_level_has_a_schedule_of_its_own():
+    cfg = config("table")
+    cfg.num_steps, cfg.num_inner_steps = 10, 2
+    cfg.inner.lr, cfg.inner.schedule, cfg.inner.warmup = 2.0, "constant", 0.5
+    cfg.outer.lr, cfg.outer.schedule, cfg.outer.warmup = 3.0, "cosine", 0.0
+    rates = steps.levels(cfg)
+    np.testing.assert_allclose([rates.inner_rate(step) for step in (0, 9, 19)], [0.2, 2.0, 2.0], rtol=1e-6)
+    assert float(rates.meta_rate(0)) == 3.0
+    assert 0 < float(rates.meta_rate(9)) < 0.2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -91,7 +119,13 @@ def test_choices_are_those_that_the_code_knows():
         (("--config.weighting.activation=softmax",), "must be one of projected, clip, softplus, sigmoid"),
         (("--config.ema_decay=1.0",), "--config.ema_decay=1.0: must be at least 0 and below 1"),
         (("--config.hypergradient=darts",), "must be one of auto, unrolled"),
-        (("--config.hypergradient=dot", "--config.num_inner_steps=2"), "dot looks through one inner step, not 2"),
+        (("--config.outer.schedule=linear",), "must be one of cosine, constant, published"),
+        (("--config.inner.warmup=1.0",), "--config.inner.warmup=1.0: must be at least 0 and below 1"),
+        (("--config.cold_start.eps=0.0",), "--config.cold_start.eps=0.0: must be above 0"),
+        (
+            ("--config.hypergradient=dot", "--config.num_inner_steps=2", "--config.noisy_steps.pretrain=10"),
+            "dot looks through one inner step, not 2",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_one_line(flags, message):
