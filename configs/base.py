@@ -200,6 +200,8 @@ def corrected(cfg: config_dict.ConfigDict) -> None:
     cfg.batch_size = cfg.meta_batch_size = 8
     cfg.aggregate = "product"  # a chain is right when every step is
     cfg.meta_target = "plus"
+    # A start that is still unsure says little about single rows, a fitted model most: late steps count as well.
+    cfg.outer.schedule, cfg.outer.warmup = "constant", 0.25
 
 
 def paper_scale(cfg: config_dict.ConfigDict) -> None:
@@ -227,8 +229,6 @@ def embedded_scale(cfg: config_dict.ConfigDict) -> None:
         # Adam with a small eps follows a gradient of any size: once the rows of high weight are learned, it learns the
         # others by heart, however little they weigh.
         cfg.inner.lr, cfg.inner.eps = 3e-4, 2e-3
-        # A start that is still unsure says little about single rows; a fitted model says most.
-        cfg.outer.schedule, cfg.outer.warmup = "constant", 0.25
         cfg.outer.lr = 0.15
         cfg.outer.weight_decay = 0.0
     else:  # their own rates and batches of one
@@ -296,14 +296,8 @@ CHECKS = {
     "weighting.name": _one_of("uniform", "domain", "table", "net"),
     "weighting.features": _some_of(FEATURES),
     "weighting.hidden": _at_least(1),
-    **{
-        f"{level}.{field}": check
-        for level in ("inner", "outer")
-        for field, check in (
-            ("schedule", _one_of("cosine", "constant", "published")),
-            ("warmup", ((lambda value: 0 <= value < 1), "at least 0 and below 1")),
-        )
-    },
+    **{f"{level}.schedule": _one_of("cosine", "constant", "published") for level in ("inner", "outer")},
+    **{f"{level}.warmup": ((lambda value: 0 <= value < 1), "at least 0 and below 1") for level in ("inner", "outer")},
     "outer.optimizer": _one_of("per_entry", "adamw", "hf_adamw"),
     "outer.lr": _at_least(0),
     "outer.weight_decay": _at_least(0),

@@ -27,8 +27,7 @@ def get_config(arguments: str = ""):
         cfg.outer.lr = 5e-4
     else:
         cfg.outer.optimizer = "adamw"
-        cfg.outer.lr = 5e-4
-        if embedded:
-            cfg.outer.lr, cfg.outer.schedule = 0.01, "cosine"  # a net's few parameters swing at a constant rate
+        cfg.outer.lr = 0.01 if embedded else 5e-4
+        cfg.outer.schedule = "cosine"  # a net's few parameters swing at a constant rate
         cfg.outer.clip_norm = 1.0  # its size varies by orders of magnitude over a run
     return cfg.lock()

@@ -20,6 +20,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.fixture
+def float64():
+    """Arrays are float64 by default: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Recorded outputs, real images and the real tokenizer, kept beside the repository."""

@@ -11,6 +11,8 @@ from dreamprm_jax import bilevel, optimizers
 from dreamprm_jax.hypergradient import ESTIMATORS, EXACT, unrolled
 from dreamprm_jax.inner import inner_step
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 INNER = optimizers.adamw(lambda count: 0.05, weight_decay=0.0)
 
 
@@ -30,12 +32,6 @@ def run(meta_tx, table=None, steps=8, scale=1.0):
         state, metrics = step(state, batch_of([i % 5, (i + 1) % 5]), batch_of([0, 2, 3]))
         path.append((state, metrics))
     return path
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def test_the_first_inner_step_uses_the_initial_weights_and_the_table_then_moves():

@@ -15,14 +15,10 @@ from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
 from dreamprm_jax.types import TrainState
 from dreamprm_jax.weighting import instance_table
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 META_BATCH = batch_of([0, 2, 3])
 SMALL = 1e-4  # of a gradient, to be taken for 0
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def clipped_problem(**fields):

@@ -11,14 +11,10 @@ from toy import CHAINS, NUM_EXAMPLES, batch_of, toy_problem, toy_table
 from dreamprm_jax import bilevel, inner
 from dreamprm_jax.weighting import uniform
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TABLE = toy_table()
 ONES = {"table": np.ones(NUM_EXAMPLES)}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def table_with(row, weight):
