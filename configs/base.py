@@ -91,8 +91,10 @@ def get_config() -> config_dict.ConfigDict:
     cfg.weighting.activation = "projected"
     cfg.weighting.minimum = 0.0  # the table's range: projected to it after each outer step, or clipped on reading
     cfg.weighting.maximum = 3.0
-    # What the net sees of each step: loss, prob (of "+" over the two labels), label, label_probs (published), hidden
+    # What the net sees of each step: loss, prob (of "+" over the two labels), label, label_probs (published), hidden;
+    # relative_loss and relative_prob: in standard deviations from the batch's other steps of the same label
     cfg.weighting.features = ("loss", "prob", "label")
+    cfg.weighting.steps = "all"  # which steps it sees: all | up_to_first_minus
     cfg.weighting.hidden = 10  # width of the net's hidden layer, >= 1
     # The net's output layer starts at 0: equal weights; False: at random, as published
     cfg.weighting.zero_output = True
@@ -122,7 +124,7 @@ def get_config() -> config_dict.ConfigDict:
     cfg.score.history = "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
 
     cfg.compare = config_dict.ConfigDict()  # task=compare
-    cfg.compare.seeds = (10, 11, 12, 13, 14)  # each a benchmark and a cold start of its own; 0 or above, each once
+    cfg.compare.seeds = (20, 21, 22, 23, 24)  # each a benchmark and a cold start of its own; 0 or above, each once
     cfg.compare.methods = COMPARED  # any of COMPARED: configs/compare.py says what each is
     cfg.compare.jobs = 0  # trainings side by side, each on one core; 0: as many as cores; an accelerator takes one
     # What is varied besides: none | corruption (of the training rows) | meta_size (questions): dreamprm_jax/sweeps.py
@@ -219,7 +221,7 @@ def embedded_scale(cfg: config_dict.ConfigDict) -> None:
     cfg.images.max_tiles = 1
     for phase in (cfg.pretrain, cfg.cold_start):
         phase.batch_size, phase.weight_decay, phase.clip_norm = 64, 0.01, None
-    cfg.pretrain.num_steps, cfg.pretrain.lr = 1200, 4e-3
+    cfg.pretrain.num_steps, cfg.pretrain.lr = 2000, 4e-3
     cfg.cold_start.num_steps, cfg.cold_start.lr = 300, 1e-3
     cfg.checkpoint_every = 200
     if cfg.recipe == "corrected":
@@ -253,7 +255,7 @@ def _some_of(values: tuple[str, ...]):
     return (lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(values)), permitted
 
 
-FEATURES = ("loss", "prob", "label", "label_probs", "hidden")
+FEATURES = ("loss", "prob", "label", "label_probs", "hidden", "relative_loss", "relative_prob")
 ACTIVATIONS = {
     "table": ("projected", "clip", "softplus", "sigmoid"),
     "net": ("sigmoid", "softplus", "clip", "softmax"),
@@ -295,6 +297,7 @@ CHECKS = {
     "inner.clip_place": _one_of("after", "per_example"),
     "weighting.name": _one_of("uniform", "domain", "table", "net"),
     "weighting.features": _some_of(FEATURES),
+    "weighting.steps": _one_of("all", "up_to_first_minus"),
     "weighting.hidden": _at_least(1),
     **{f"{level}.schedule": _one_of("cosine", "constant", "published") for level in ("inner", "outer")},
     **{f"{level}.warmup": ((lambda value: 0 <= value < 1), "at least 0 and below 1") for level in ("inner", "outer")},
@@ -334,6 +337,12 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         raise ValueError(
             "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
             "nothing to train"
+        )
+    relative = sorted({"relative_loss", "relative_prob"} & set(cfg.weighting.features))
+    if cfg.weighting.name == "net" and relative and cfg.batch_size == 1:
+        raise ValueError(
+            f"--config.batch_size=1: weighting.features has {relative[0]}, which compares the rows of a batch; take 2 "
+            "or more rows, or other features"
         )
     if cfg.weighting.name == "uniform" and cfg.weighting.init is not None:
         raise ValueError("--config.weighting.init: weighting.name=uniform has nothing to start from; leave it out")

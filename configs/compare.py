@@ -1,7 +1,7 @@
 """The embedded experiment: every method from the same cold start, by seeds, with intervals.
 
     python run.py --config=configs/compare.py
-    python run.py --config=configs/compare.py --config.compare.seeds=10 --config.compare.methods="('uniform','table')"
+    python run.py --config=configs/compare.py --config.compare.seeds=20 --config.compare.methods="('uniform','table')"
     python run.py --config=configs/compare.py --config.compare.sweep=corruption     and meta_size
 
 A method is its own config file (configs/table.py, ...), from the seed's cold start (configs/cold_start.py).

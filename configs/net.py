@@ -26,6 +26,9 @@ def get_config(arguments: str = ""):
         cfg.weighting.features = ("hidden",)
         cfg.outer.lr = 5e-4
     else:
+        # What a row's loss is beside those of its label: how sure the model is of either label says nothing of the row.
+        cfg.weighting.features = ("relative_loss", "relative_prob", "label")
+        cfg.weighting.steps = "up_to_first_minus"
         cfg.outer.optimizer = "adamw"
         cfg.outer.lr = 0.01 if embedded else 5e-4
         cfg.outer.schedule = "cosine"  # a net's few parameters swing at a constant rate

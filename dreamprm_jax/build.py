@@ -146,7 +146,7 @@ def instance_weighting(cfg: Any, train: batches.Dataset, model: Model) -> weight
         num_inputs = sum(widths.get(feature, 1) for feature in chosen.features)
         key = jax.random.key(cfg.seed)
         made = weighting.instance_net(
-            chosen.features, num_inputs, chosen.activation, key, chosen.hidden, chosen.zero_output
+            chosen.features, num_inputs, chosen.activation, key, chosen.hidden, chosen.zero_output, chosen.steps
         )
     if chosen.init is None:
         return made
@@ -196,19 +196,22 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
     plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
     as_torch = cfg.vocabulary_sum == "torch_cpu" and jax.default_backend() == "cpu"
     over_vocabulary = losses.log_sum_exp_as_torch if as_torch else losses.log_sum_exp
-    features = cfg.weighting.features if cfg.weighting.name == "net" else ()
+    needed = set()  # what the weighting reads, and no more: all of it is differentiated
+    if cfg.weighting.name == "net":
+        needed = {name for feature in cfg.weighting.features for name in weighting.NEEDED_OUTPUTS[feature]}
+        needed |= {"label_is_plus"} if cfg.weighting.steps == "up_to_first_minus" else set()
 
     def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = internvl.step_hidden_states(model.config, params, batch)
         logits = internvl.head(model.config, params, hidden)
-        outputs = {}  # what the weighting reads, and no more: all of it is differentiated
-        if {"label_probs", "prob"} & set(features):
+        outputs = {}
+        if "label_logits" in needed:
             outputs["label_logits"] = jnp.stack([logits[..., plus], logits[..., minus]], axis=-1)
-        if "loss" in features:
+        if "step_losses" in needed:
             outputs["step_losses"] = -losses.label_log_probs(logits, batch.labels, over_vocabulary)
-        if "label" in features:
+        if "label_is_plus" in needed:
             outputs["label_is_plus"] = (batch.labels == plus).astype(jnp.float32)
-        if "hidden" in features:
+        if "hidden" in needed:
             outputs["hidden"] = hidden.astype(jnp.float32)
         step_loss = losses.example_losses(logits, batch.labels, batch.step_mask, cfg.step_loss, over_vocabulary)
         return step_loss, outputs

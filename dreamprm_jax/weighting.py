@@ -105,15 +105,60 @@ def domain_table(domain_of_row: Sequence[int], num_domains: int) -> Weighting:
     return Weighting(init, apply)
 
 
-FEATURES: dict[str, Callable[[dict[str, jax.Array]], jax.Array]] = {
+def _standardized(values: jax.Array, outputs: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
+    """How unusual a step's value is for its label, [B, S]: in standard deviations from the mean over the batch's steps
+    with that label, at most 4 either way; 0 where there is nothing to compare with."""
+
+    def among(mask: jax.Array) -> jax.Array:
+        count = jnp.maximum(jnp.sum(mask), 1)
+        centred = jnp.where(mask, values - jnp.sum(jnp.where(mask, values, 0.0)) / count, 0.0)
+        return centred / jnp.sqrt(jnp.sum(jnp.square(centred)) / count + 1e-6)  # below 0.001 nothing is unusual
+
+    is_plus = outputs["label_is_plus"] > 0
+    return jnp.clip(among(mask & is_plus) + among(mask & ~is_plus), -4.0, 4.0)
+
+
+def _prob(outputs: dict[str, jax.Array]) -> jax.Array:
+    return jax.nn.softmax(outputs["label_logits"], axis=-1)[..., 0]
+
+
+FEATURES: dict[str, Callable[[dict[str, jax.Array], jax.Array], jax.Array]] = {
     # Softmax over the two label logits at each step, "+" first: the published features.
-    "label_probs": lambda outputs: jax.nn.softmax(outputs["label_logits"], axis=-1),
-    "loss": lambda outputs: outputs["step_losses"][..., None],  # cross entropy of the step's label, full vocabulary
-    "prob": lambda outputs: jax.nn.softmax(outputs["label_logits"], axis=-1)[..., :1],  # P("+") over the two labels
-    "label": lambda outputs: 2.0 * outputs["label_is_plus"][..., None] - 1.0,  # the step's label: 1 or -1
-    "hidden": lambda outputs: outputs["hidden"],  # the last hidden state, as in the paper
+    "label_probs": lambda outputs, mask: jax.nn.softmax(outputs["label_logits"], axis=-1),
+    "loss": lambda outputs, mask: outputs["step_losses"][..., None],  # cross entropy of the label, full vocabulary
+    "prob": lambda outputs, mask: _prob(outputs)[..., None],  # P("+") over the two labels
+    "label": lambda outputs, mask: 2.0 * outputs["label_is_plus"][..., None] - 1.0,  # the step's label: 1 or -1
+    "hidden": lambda outputs, mask: outputs["hidden"],  # the last hidden state, as in the paper
+    # loss and prob, compared with the batch's other steps of the label: the level of a label's losses is a matter of
+    # calibration, which a few shared parameters would follow instead of telling rows apart (docs/noisy_steps.md).
+    "relative_loss": lambda outputs, mask: _standardized(outputs["step_losses"], outputs, mask)[..., None],
+    "relative_prob": lambda outputs, mask: _standardized(_prob(outputs), outputs, mask)[..., None],
 }
-"""What the net sees of a step, [B, S, features] each, from the outputs of `Problem.losses`."""
+"""What the net sees of a step, [B, S, features] each, from the outputs of `Problem.losses` and the steps [B, S] that it
+looks at."""
+
+NEEDED_OUTPUTS = {
+    "label_probs": ("label_logits",),
+    "loss": ("step_losses",),
+    "prob": ("label_logits",),
+    "label": ("label_is_plus",),
+    "hidden": ("hidden",),
+    "relative_loss": ("step_losses", "label_is_plus"),
+    "relative_prob": ("label_logits", "label_is_plus"),
+}
+"""Of `Problem.losses`, for each feature."""
+
+
+def _up_to_first_minus(outputs: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
+    minus = mask & (outputs["label_is_plus"] == 0)
+    return mask & (jnp.cumsum(minus, axis=-1) - minus == 0)
+
+
+STEPS: dict[str, Callable[[dict[str, jax.Array], jax.Array], jax.Array]] = {
+    "all": lambda outputs, mask: mask,
+    "up_to_first_minus": _up_to_first_minus,
+}
+"""(outputs, real steps [B, S]) -> the steps that the net averages over."""
 
 
 def instance_net(
@@ -123,6 +168,7 @@ def instance_net(
     key: jax.Array,
     hidden: int = 10,
     zero_output: bool = False,
+    steps: str = "all",
 ) -> Weighting:
     """A small MLP that predicts the weight (DreamPRM-1.5's Instance Net).
 
@@ -138,11 +184,14 @@ def instance_net(
       hidden: width of the hidden layer.
       zero_output: the output layer starts at 0, so that every instance starts with the same weight. A random one, as
         published, prefers some rows for no reason.
+      steps: which it looks at. "all" | "up_to_first_minus": a chain that has gone wrong stays wrong, so that what a
+        model says after the first "-" only repeats it.
 
     Raises:
-      ValueError: an unknown feature or activation.
+      ValueError: an unknown feature, activation or choice of steps.
     """
     columns = [_choose("features", name, FEATURES) for name in features]
+    seen = _choose("steps", steps, STEPS)
     read = _choose("activation", activation, _NET_ACTIVATIONS)
 
     def init() -> PyTree:
@@ -157,12 +206,13 @@ def instance_net(
         }
 
     def apply(meta_params: PyTree, batch: Batch, outputs: dict[str, jax.Array]) -> jax.Array:
-        x = jnp.concatenate([column(outputs) for column in columns], axis=-1)  # [B, S, num_inputs]
+        mask = seen(outputs, batch.step_mask & batch.example_mask[:, None])
+        x = jnp.concatenate([column(outputs, mask) for column in columns], axis=-1)  # [B, S, num_inputs]
         x = jnp.einsum("bsi,ih->bsh", x, meta_params["hidden.kernel"]) + meta_params["hidden.bias"][None, None]
         x = jax.nn.leaky_relu(x, 0.01)
         x = jnp.einsum("bsh,ho->bso", x, meta_params["output.kernel"])[..., 0] + meta_params["output.bias"][None]
-        count = jnp.maximum(jnp.sum(batch.step_mask, axis=-1), 1)
-        return read(jnp.sum(jnp.where(batch.step_mask, x, 0.0), axis=-1) / count, batch.example_mask)
+        count = jnp.maximum(jnp.sum(mask, axis=-1), 1)
+        return read(jnp.sum(jnp.where(mask, x, 0.0), axis=-1) / count, batch.example_mask)
 
     return Weighting(init, apply)
 

@@ -74,7 +74,7 @@ def test_domain_has_dreamprms_own_meta_loss_and_five_inner_steps():
 
 
 def test_choices_are_those_that_the_code_knows():
-    assert set(base.FEATURES) == set(weighting.FEATURES)
+    assert set(base.FEATURES) == set(weighting.FEATURES) == set(weighting.NEEDED_OUTPUTS)
     for activation in base.ACTIVATIONS["table"]:
         weighting.instance_table(2, activation, 0.0, 3.0)
     for name in ("auto", *ESTIMATORS):
@@ -106,6 +106,15 @@ def test_each_level_has_a_schedule_of_its_own():
     np.testing.assert_allclose([rates.inner_rate(step) for step in (0, 9, 19)], [0.2, 2.0, 2.0], rtol=1e-6)
     assert float(rates.meta_rate(0)) == 3.0
     assert 0 < float(rates.meta_rate(9)) < 0.2
+
+
+def test_relative_features_need_a_batch_to_compare_with():
+    cfg = config("net")
+    cfg.batch_size = 1
+    with pytest.raises(ValueError, match="batch_size=1: weighting.features has relative_loss"):
+        base.validate(cfg)
+    cfg.weighting.features = ("loss",)
+    base.validate(cfg)
 
 
 @pytest.mark.parametrize(

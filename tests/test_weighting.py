@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from toy import batch_of, in_the_midst
 
-from dreamprm_jax.weighting import clip_as_published, domain_table, instance_net, instance_table, uniform
+from dreamprm_jax.weighting import (
+    NEEDED_OUTPUTS,
+    clip_as_published,
+    domain_table,
+    instance_net,
+    instance_table,
+    uniform,
+)
 
 ACTIVATIONS = ["projected", "clip", "softplus", "sigmoid"]
 
@@ -103,11 +110,11 @@ def outputs_of(rows, steps, seed=0):
 
 
 ROWS = batch_of([0, 1, 2, 5])  # chains of 1, 2, 3 and 3 steps
-WIDTHS = {"label_probs": 2, "loss": 1, "prob": 1, "label": 1, "hidden": 5}
+WIDTHS = {"label_probs": 2, "loss": 1, "prob": 1, "label": 1, "hidden": 5, "relative_loss": 1, "relative_prob": 1}
 
 
-def net_of(activation="sigmoid", features=("label_probs",)):
-    return instance_net(features, sum(WIDTHS[name] for name in features), activation, jax.random.key(1))
+def net_of(activation="sigmoid", features=("label_probs",), steps="all"):
+    return instance_net(features, sum(WIDTHS[name] for name in features), activation, jax.random.key(1), steps=steps)
 
 
 def test_the_published_net_is_the_published_formula():
@@ -131,8 +138,56 @@ def test_a_net_sees_its_features_and_no_others(feature):
     params = in_the_midst(net)
     slopes = jax.grad(lambda outputs: net.apply(params, ROWS, outputs).sum())(outputs)
     seen = {name for name, slope in slopes.items() if np.any(slope != 0)}
-    sources = {"label_probs": "label_logits", "prob": "label_logits", "loss": "step_losses", "label": "label_is_plus"}
-    assert seen == {sources.get(feature, "hidden")}
+    assert seen == {NEEDED_OUTPUTS[feature][0]}  # what else a relative feature needs tells it whom to compare with
+    needed = {name: outputs[name] for name in NEEDED_OUTPUTS[feature]}
+    np.testing.assert_array_equal(net.apply(params, ROWS, needed), net.apply(params, ROWS, outputs))
+
+
+@pytest.mark.parametrize("steps", ["all", "up_to_first_minus"])
+@pytest.mark.parametrize("feature", ["relative_loss", "relative_prob"])
+def test_relative_features_are_standard_deviations_among_the_real_steps_of_a_label(feature, steps):
+    rows, outputs = batch_of([2, 5] * 5)._replace(example_mask=np.arange(10) != 4), outputs_of(10, 3)
+    net = net_of("softplus", (feature,), steps)
+    params = {**in_the_midst(net), "hidden.bias": jnp.full(10, 9.0)}  # no unit is ever off: the net is linear
+    logits = outputs["label_logits"].astype(np.float64)
+    values = 1 / (1 + np.exp(logits[..., 1] - logits[..., 0])) if feature == "relative_prob" else outputs["step_losses"]
+    labels, mask = outputs["label_is_plus"], rows.step_mask & rows.example_mask[:, None]
+    if steps == "up_to_first_minus":
+        mask = mask & np.array([[0.0 not in row[:step] for step in range(3)] for row in labels])
+    x = np.zeros((10, 3))
+    for label in (0, 1):
+        own = values[mask & (labels == label)]
+        x = np.where(labels == label, (values - own.mean()) / np.sqrt(own.var() + 1e-6), x)
+    x = np.clip(x, -4, 4)[..., None] @ np.asarray(params["hidden.kernel"]) + 9.0
+    scores = (x @ np.asarray(params["output.kernel"]))[..., 0] + np.asarray(params["output.bias"])
+    scores = np.where(mask, scores, 0.0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    expected = np.log1p(np.exp(scores))[rows.example_mask]
+    np.testing.assert_allclose(net.apply(params, rows, outputs)[rows.example_mask], expected, rtol=1e-5)
+
+
+def test_relative_features_do_not_see_the_level_of_a_labels_losses():
+    net, outputs = net_of(features=("relative_loss",)), outputs_of(4, 3)
+    moved = {**outputs, "step_losses": outputs["step_losses"] * 2 + 5 * outputs["label_is_plus"]}
+    params = in_the_midst(net)
+    np.testing.assert_allclose(net.apply(params, ROWS, moved), net.apply(params, ROWS, outputs), rtol=1e-5)
+    outputs["label_is_plus"] = np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]], np.float32)  # one "+" in all
+    slopes = jax.grad(lambda outputs: net.apply(params, ROWS, outputs).sum())(outputs)["step_losses"]
+    assert np.all(np.isfinite(slopes))
+    assert slopes[3, 0] == 0
+    assert np.any(slopes[3, 1:] != 0)
+
+
+def test_a_net_may_look_no_further_than_the_first_minus():
+    net, outputs = (
+        net_of(features=("label_probs", "relative_loss", "label"), steps="up_to_first_minus"),
+        outputs_of(4, 3),
+    )
+    outputs["label_is_plus"] = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], np.float32)
+    seen = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)  # row 0 has one step
+    params = in_the_midst(net)
+    slopes = jax.grad(lambda outputs: net.apply(params, ROWS, outputs).sum())(outputs)
+    np.testing.assert_array_equal(np.any(slopes["label_logits"] != 0, axis=-1), seen)
+    assert np.all((slopes["step_losses"] != 0) <= seen)
 
 
 def test_features_stand_side_by_side_in_the_order_given():
@@ -208,6 +263,7 @@ def test_activations_of_the_net(activation, function):
             lambda: instance_net(("loss",), 1, "tanh", jax.random.key(0)),
             "activation is 'tanh'; choose from sigmoid, so",
         ),
+        (lambda: net_of(steps="some"), "steps is 'some'; choose from all, up_to_first_minus"),
     ],
 )
 def test_unknown_names_are_refused(build, message):

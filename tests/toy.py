@@ -75,9 +75,9 @@ def toy_table(minimum: float = 0.0, maximum: float = 3.0, activation: str = "pro
     return in_float64(weighting.instance_table(NUM_EXAMPLES, activation, minimum, maximum))
 
 
-def _net(features, num_inputs, activation="sigmoid"):
+def _net(features, num_inputs, activation="sigmoid", steps="all"):
     """A net in the midst of training: it starts with an output layer of 0, through which nothing would be seen."""
-    net = in_float64(weighting.instance_net(features, num_inputs, activation, jax.random.key(3)))
+    net = in_float64(weighting.instance_net(features, num_inputs, activation, jax.random.key(3), steps=steps))
     return net._replace(init=lambda: in_the_midst(net))
 
 
@@ -100,12 +100,12 @@ WEIGHTINGS: dict[str, tuple[Weighting, bool]] = {
     "table, softplus": (toy_table(activation="softplus"), True),
     "table, sigmoid": (toy_table(activation="sigmoid"), True),
     "domain": (in_float64(weighting.domain_table([0, 1, 2, 0, 1, 1], 3)), True),
-    "net": (_net(("loss", "prob", "label"), 3), True),
-    "net, hidden": (_net(("loss", "hidden"), 1 + HIDDEN), True),
+    "net": (_net(("relative_loss", "relative_prob", "label"), 3, steps="up_to_first_minus"), True),
+    "net, hidden": (_net(("loss", "prob", "hidden"), 2 + HIDDEN), True),
     "net, softmax": (_net(("loss", "label"), 2, "softmax"), True),
     "net, published": (_net(("label_probs",), 2), False),
     "by position": (by_position(), True),
-    "net, attached, softmax": (_net(("loss", "hidden"), 1 + HIDDEN, "softmax"), False),
+    "net, attached, softmax": (_net(("relative_loss", "hidden"), 1 + HIDDEN, "softmax"), False),
 }
 """name -> (weighting, whether its weights are detached from the model)."""
 

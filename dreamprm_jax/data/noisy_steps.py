@@ -72,9 +72,9 @@ class Sizes(NamedTuple):
     pretrain_check_rate: float = 0.5  # share of the turns that ask whether a number is so, not which it is
     pretrain_dark_rate: float = 0.25  # share of the pictures that are light on dark
     cold_start: int = 2000  # chains with step labels; the dialogues are seen along with them
-    cold_start_flip_rate: float = 0.42  # share of cold-start chains with the opposite verdict
-    clean: int = 1260  # training chains per source
-    flipped: int = 1140
+    cold_start_flip_rate: float = 0.34  # share of cold-start chains with the opposite verdict
+    clean: int = 1180  # training chains per source
+    flipped: int = 1220
     always_plus: int = 120
     trivial: int = 60
     shifted: int = 150
