@@ -338,7 +338,7 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
             "nothing to train"
         )
-    relative = sorted({"relative_loss", "relative_prob"} & set(cfg.weighting.features))
+    relative = [feature for feature in cfg.weighting.features if feature.startswith("relative_")]
     if cfg.weighting.name == "net" and relative and cfg.batch_size == 1:
         raise ValueError(
             f"--config.batch_size=1: weighting.features has {relative[0]}, which compares the rows of a batch; take 2 "

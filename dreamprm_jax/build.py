@@ -196,10 +196,8 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
     plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
     as_torch = cfg.vocabulary_sum == "torch_cpu" and jax.default_backend() == "cpu"
     over_vocabulary = losses.log_sum_exp_as_torch if as_torch else losses.log_sum_exp
-    needed = set()  # what the weighting reads, and no more: all of it is differentiated
-    if cfg.weighting.name == "net":
-        needed = {name for feature in cfg.weighting.features for name in weighting.NEEDED_OUTPUTS[feature]}
-        needed |= {"label_is_plus"} if cfg.weighting.steps == "up_to_first_minus" else set()
+    is_net = cfg.weighting.name == "net"
+    needed = weighting.outputs_read(cfg.weighting.features, cfg.weighting.steps) if is_net else set()
 
     def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = internvl.step_hidden_states(model.config, params, batch)

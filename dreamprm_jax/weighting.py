@@ -122,31 +122,40 @@ def _prob(outputs: dict[str, jax.Array]) -> jax.Array:
     return jax.nn.softmax(outputs["label_logits"], axis=-1)[..., 0]
 
 
-FEATURES: dict[str, Callable[[dict[str, jax.Array], jax.Array], jax.Array]] = {
-    # Softmax over the two label logits at each step, "+" first: the published features.
-    "label_probs": lambda outputs, mask: jax.nn.softmax(outputs["label_logits"], axis=-1),
-    "loss": lambda outputs, mask: outputs["step_losses"][..., None],  # cross entropy of the label, full vocabulary
-    "prob": lambda outputs, mask: _prob(outputs)[..., None],  # P("+") over the two labels
-    "label": lambda outputs, mask: 2.0 * outputs["label_is_plus"][..., None] - 1.0,  # the step's label: 1 or -1
-    "hidden": lambda outputs, mask: outputs["hidden"],  # the last hidden state, as in the paper
+class Reading(NamedTuple):
+    """Something that the net takes from the outputs of `Problem.losses`.
+
+    reads: their names.
+    of: (outputs, mask [B, S] of the steps in question) -> [B, S, ...].
+    """
+
+    reads: tuple[str, ...]
+    of: Callable[[dict[str, jax.Array], jax.Array], jax.Array]
+
+
+FEATURES: dict[str, Reading] = {
+    # Softmax over the two label logits, "+" first: the published features.
+    "label_probs": Reading(("label_logits",), lambda outputs, mask: jax.nn.softmax(outputs["label_logits"], axis=-1)),
+    # Cross entropy of the label, full vocabulary.
+    "loss": Reading(("step_losses",), lambda outputs, mask: outputs["step_losses"][..., None]),
+    # P("+") over the two labels.
+    "prob": Reading(("label_logits",), lambda outputs, mask: _prob(outputs)[..., None]),
+    # The step's label: 1 or -1.
+    "label": Reading(("label_is_plus",), lambda outputs, mask: 2.0 * outputs["label_is_plus"][..., None] - 1.0),
+    # The last hidden state, as in the paper.
+    "hidden": Reading(("hidden",), lambda outputs, mask: outputs["hidden"]),
     # loss and prob, compared with the batch's other steps of the label: the level of a label's losses is a matter of
     # calibration, which a few shared parameters would follow instead of telling rows apart (docs/noisy_steps.md).
-    "relative_loss": lambda outputs, mask: _standardized(outputs["step_losses"], outputs, mask)[..., None],
-    "relative_prob": lambda outputs, mask: _standardized(_prob(outputs), outputs, mask)[..., None],
+    "relative_loss": Reading(
+        ("step_losses", "label_is_plus"),
+        lambda outputs, mask: _standardized(outputs["step_losses"], outputs, mask)[..., None],
+    ),
+    "relative_prob": Reading(
+        ("label_logits", "label_is_plus"),
+        lambda outputs, mask: _standardized(_prob(outputs), outputs, mask)[..., None],
+    ),
 }
-"""What the net sees of a step, [B, S, features] each, from the outputs of `Problem.losses` and the steps [B, S] that it
-looks at."""
-
-NEEDED_OUTPUTS = {
-    "label_probs": ("label_logits",),
-    "loss": ("step_losses",),
-    "prob": ("label_logits",),
-    "label": ("label_is_plus",),
-    "hidden": ("hidden",),
-    "relative_loss": ("step_losses", "label_is_plus"),
-    "relative_prob": ("label_logits", "label_is_plus"),
-}
-"""Of `Problem.losses`, for each feature."""
+"""What the net sees of a step, [B, S, width] each; the mask is of the steps that it looks at."""
 
 
 def _up_to_first_minus(outputs: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
@@ -154,11 +163,16 @@ def _up_to_first_minus(outputs: dict[str, jax.Array], mask: jax.Array) -> jax.Ar
     return mask & (jnp.cumsum(minus, axis=-1) - minus == 0)
 
 
-STEPS: dict[str, Callable[[dict[str, jax.Array], jax.Array], jax.Array]] = {
-    "all": lambda outputs, mask: mask,
-    "up_to_first_minus": _up_to_first_minus,
+STEPS: dict[str, Reading] = {
+    "all": Reading((), lambda outputs, mask: mask),
+    "up_to_first_minus": Reading(("label_is_plus",), _up_to_first_minus),
 }
-"""(outputs, real steps [B, S]) -> the steps that the net averages over."""
+"""The steps that the net looks at, [B, S], of the real ones."""
+
+
+def outputs_read(features: Sequence[str], steps: str) -> set[str]:
+    """The outputs of `Problem.losses` that `instance_net` reads: no others need be made, and differentiated."""
+    return {name for read in (STEPS[steps], *(FEATURES[feature] for feature in features)) for name in read.reads}
 
 
 def instance_net(
@@ -206,8 +220,8 @@ def instance_net(
         }
 
     def apply(meta_params: PyTree, batch: Batch, outputs: dict[str, jax.Array]) -> jax.Array:
-        mask = seen(outputs, batch.step_mask & batch.example_mask[:, None])
-        x = jnp.concatenate([column(outputs, mask) for column in columns], axis=-1)  # [B, S, num_inputs]
+        mask = seen.of(outputs, batch.step_mask & batch.example_mask[:, None])
+        x = jnp.concatenate([column.of(outputs, mask) for column in columns], axis=-1)  # [B, S, num_inputs]
         x = jnp.einsum("bsi,ih->bsh", x, meta_params["hidden.kernel"]) + meta_params["hidden.bias"][None, None]
         x = jax.nn.leaky_relu(x, 0.01)
         x = jnp.einsum("bsh,ho->bso", x, meta_params["output.kernel"])[..., 0] + meta_params["output.bias"][None]

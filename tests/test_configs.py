@@ -74,7 +74,11 @@ def test_domain_has_dreamprms_own_meta_loss_and_five_inner_steps():
 
 
 def test_choices_are_those_that_the_code_knows():
-    assert set(base.FEATURES) == set(weighting.FEATURES) == set(weighting.NEEDED_OUTPUTS)
+    assert set(base.FEATURES) == set(weighting.FEATURES)
+    for name in weighting.STEPS:
+        cfg = config("net")
+        cfg.weighting.steps = name
+        base.validate(cfg)
     for activation in base.ACTIVATIONS["table"]:
         weighting.instance_table(2, activation, 0.0, 3.0)
     for name in ("auto", *ESTIMATORS):

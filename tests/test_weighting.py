@@ -7,11 +7,12 @@ import pytest
 from toy import batch_of, in_the_midst
 
 from dreamprm_jax.weighting import (
-    NEEDED_OUTPUTS,
+    STEPS,
     clip_as_published,
     domain_table,
     instance_net,
     instance_table,
+    outputs_read,
     uniform,
 )
 
@@ -138,12 +139,23 @@ def test_a_net_sees_its_features_and_no_others(feature):
     params = in_the_midst(net)
     slopes = jax.grad(lambda outputs: net.apply(params, ROWS, outputs).sum())(outputs)
     seen = {name for name, slope in slopes.items() if np.any(slope != 0)}
-    assert seen == {NEEDED_OUTPUTS[feature][0]}  # what else a relative feature needs tells it whom to compare with
-    needed = {name: outputs[name] for name in NEEDED_OUTPUTS[feature]}
-    np.testing.assert_array_equal(net.apply(params, ROWS, needed), net.apply(params, ROWS, outputs))
+    sources = {"loss": "step_losses", "label": "label_is_plus", "hidden": "hidden", "relative_loss": "step_losses"}
+    assert seen == {sources.get(feature, "label_logits")}
 
 
-@pytest.mark.parametrize("steps", ["all", "up_to_first_minus"])
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("feature", WIDTHS)
+def test_a_net_needs_what_it_says_it_reads(feature, steps):
+    net, outputs = net_of(features=(feature,), steps=steps), outputs_of(4, 3)
+    params, needed = in_the_midst(net), outputs_read((feature,), steps)
+    read = {name: outputs[name] for name in needed}
+    np.testing.assert_array_equal(net.apply(params, ROWS, read), net.apply(params, ROWS, outputs))
+    for name in needed:
+        with pytest.raises(KeyError, match=name):
+            net.apply(params, ROWS, {other: outputs[other] for other in needed - {name}})
+
+
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("feature", ["relative_loss", "relative_prob"])
 def test_relative_features_are_standard_deviations_among_the_real_steps_of_a_label(feature, steps):
     rows, outputs = batch_of([2, 5] * 5)._replace(example_mask=np.arange(10) != 4), outputs_of(10, 3)

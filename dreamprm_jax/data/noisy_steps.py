@@ -14,8 +14,9 @@ behind an all-"+" history they would look right, while the outcome asks for "-":
 loss.) A step is labelled "+" while the solution is right up to and including it, as in VisualPRM.
 
 Training sources: `clean` has true labels; in `flipped` a share of the chains has the opposite verdict (a right chain
-is given a first error at a random step, a wrong one is all "+"); `always_plus` says "+" to everything; `trivial`
-repeats the question and is rightly all "+"; `shifted` has true labels on pictures of another style, light on dark.
+is given a first error where wrong chains have theirs, a wrong one is all "+"); `always_plus` says "+" to everything;
+`trivial` repeats the question and is rightly all "+"; `shifted` has true labels on pictures of another style, light on
+dark.
 Meta and test chains have the true answer's correctness only; the labels in their turns are all "+", the history that
 a selector sees.
 
