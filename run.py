@@ -134,7 +134,8 @@ def main(argv: list[str]) -> int:
             from configs.compare import part_configs
             from dreamprm_jax.compare import run_comparison
 
-            run_task = partial(run_comparison, configs=part_configs(cfg))
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            run_task = partial(run_comparison, configs=part_configs(cfg, given))
         else:
             from dreamprm_jax.experiment import run_training as run_task
         summary = run_task(cfg, workdir)

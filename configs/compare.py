@@ -37,17 +37,19 @@ def get_config(arguments: str = ""):
     return cfg.lock()
 
 
-def part_configs(cfg) -> dict:
+def part_configs(cfg, given=()) -> dict:
     """The config of "cold_start" and of every method of `base.COMPARED`, but for seed and checkpoint.
 
     Args:
       cfg: a config of this file; what differs from `get_config()` is carried over to every part. `num_steps` counts
         inner steps, as in configs/domain.py, so that every method has the same budget.
+      given: dotted fields that are carried over at any value: a flag may say what is the default here, and another
+        value in a method's own file.
 
     Raises:
       InputError: a field that a part must not take over, or cannot.
     """
-    changes = _changes(cfg)
+    changes = _changes(cfg, given)
     for field, instead in _OWN_FIELDS.items():
         if field in changes:
             raise InputError(f"--config.{field}: the comparison sets it for each part; leave it out, or use {instead}")
@@ -67,13 +69,13 @@ def part_configs(cfg) -> dict:
     return parts
 
 
-def _changes(cfg) -> dict:
+def _changes(cfg, given) -> dict:
     """The fields that a flag has set, dotted; those of `compare` are not the parts' own."""
     default = _flat(get_config())
     return {
         field: value
         for field, value in _flat(cfg).items()
-        if value != default[field] and not field.startswith("compare.")
+        if (value != default[field] or field in given) and not field.startswith("compare.")
     }
 
 

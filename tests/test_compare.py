@@ -5,8 +5,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +23,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.losses import AGGREGATIONS
 from dreamprm_jax.sweeps import expected_share, settings, with_share
 
+ROOT = Path(__file__).parent.parent
 SIZES = {
     "pretrain": 16, "cold_start": 16, "clean": 8, "flipped": 8, "always_plus": 4, "trivial": 2, "shifted": 1,
     "meta_questions": 4, "test_questions": 6,
@@ -253,6 +257,29 @@ def test_flags_set_a_field_for_every_part_and_the_budget_is_shared():
         assert (part.noisy_steps.flip_rate, part.inner.clip_norm, part.compare.jobs) == (0.3, 2.0, 0)
         assert part.num_steps * part.num_inner_steps == (0 if name == "cold_start" else 50)
         assert part.cold_start.num_steps == (70 if name == "cold_start" else 0)
+
+
+def test_a_flag_holds_for_every_part_also_where_it_says_the_default():
+    cfg = compare.get_config()
+    assert cfg.weighting.steps == "all" != compare.part_configs(cfg)["net"].weighting.steps
+    assert compare.part_configs(cfg, {"weighting.steps"})["net"].weighting.steps == "all"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "weighting.features has relative_loss, which compares the rows of a batch"),
+        (("--config.weighting.features=('loss','prob','label')",), "no training row is corrupted"),
+    ],
+)
+def test_the_command_line_hands_such_a_flag_on(flags, message, tmp_path):
+    """A batch of one is refused for the net's own features alone; past that, a sweep without noise is."""
+    flags = (*flags, "--config.batch_size=1", f"--workdir={tmp_path / 'work'}", "--config.compare.sweep=corruption")
+    flags += ("--config.noisy_steps.flipped=0", "--config.noisy_steps.always_plus=0")
+    command = [sys.executable, "run.py", "--config=configs/compare.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_a_field_that_makes_the_part_is_refused_as_a_flag():
