@@ -22,107 +22,27 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dreamprm_jax import bilevel, losses, optimizers, weighting
+from benchmarks.workload import (
+    BUCKETS,
+    NUM_ROWS,
+    RECORDED,
+    RECORDED_ORDER,
+    SIZES,
+    analysis,
+    fresh_state,
+    interleave,
+    jitted,
+    markdown,
+    prm_problem,
+    random_batch,
+)
+from dreamprm_jax import bilevel, weighting
 from dreamprm_jax.hypergradient import ESTIMATORS
-from dreamprm_jax.inner import Problem, inner_steps
 from dreamprm_jax.models import config_json, convert, internvl, presets
-from dreamprm_jax.types import Batch, BilevelState
-
-IMAGE_TOKEN = 151_667  # <IMG_CONTEXT> of InternVL3's tokenizer: transformers counts its places
-NUM_ROWS, NUM_STEPS = 64, 4  # rows of the training set; steps of a chain (S)
-
-# (tiles, tokens) of the 12 real rows that the published code was recorded on, at most 6 tiles plus thumbnail.
-RECORDED = (
-    (7, 2069), (1, 745), (1, 857), (7, 2231), (1, 736), (1, 831),
-    (7, 2069), (1, 546), (1, 878), (7, 2069), (1, 722), (1, 755),
-)  # fmt: skip
-RECORDED_ORDER = ((0, 11, 3, 10, 7, 6, 8, 2, 4, 1, 5, 9), (7, 8, 5, 6, 9, 10, 0, 3, 2, 11, 1, 4))  # train, meta
-BUCKETS = ((1, 880), (7, 2232))  # what they are padded to
-
-# Wide enough that matrix products dominate, small enough for two cores.
-WIDE = presets.InternVLConfig(
-    vision=presets.VisionConfig(width=256, num_layers=2, num_heads=4, mlp_width=1024, image_size=224),
-    language=presets.LanguageConfig(
-        vocab_size=8192, width=512, num_layers=4, num_heads=8, num_kv_heads=2, mlp_width=2048
-    ),
-)
-# The checkpoint that the published code was recorded with: tiny, but with the real vocabulary and tile size.
-RECORDED_MODEL = presets.InternVLConfig(
-    vision=presets.VisionConfig(width=64, num_layers=2, num_heads=4, mlp_width=128),
-    language=presets.LanguageConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=160),
-)
-
-
-def random_batch(
-    config: presets.InternVLConfig, rows: list[tuple[int, int]], bucket: tuple[int, int], seed: int
-) -> Batch:
-    """Rows of (tiles, tokens) as one batch, padded to `bucket`; labels are tokens 10 and 12."""
-    rng = np.random.default_rng(seed)
-    (num_tiles, num_tokens), side, size = bucket, config.vision.image_size, len(rows)
-    tokens = rng.integers(20, config.language.vocab_size - 20, (size, num_tokens), dtype=np.int32)
-    image_mask = np.zeros((size, num_tokens), bool)
-    tiles = np.zeros((size, num_tiles, side, side, 3), np.uint8)
-    positions = np.zeros((size, NUM_STEPS), np.int32)
-    for row, (own_tiles, own_tokens) in enumerate(rows):
-        image_mask[row, 8 : 8 + own_tiles * config.image_tokens_per_tile] = True
-        tokens[row, image_mask[row]] = IMAGE_TOKEN % config.language.vocab_size
-        tiles[row, :own_tiles] = rng.integers(0, 256, (own_tiles, side, side, 3))
-        positions[row] = own_tokens - 2 - 5 * np.arange(NUM_STEPS)[::-1]
-    return Batch(
-        tokens, image_mask, tiles, positions, rng.choice(np.int32([10, 12]), (size, NUM_STEPS)),
-        np.ones((size, NUM_STEPS), bool), rng.integers(0, NUM_ROWS, size, dtype=np.int32), np.ones(size, bool),
-    )  # fmt: skip
-
-
-def prm_problem(config: presets.InternVLConfig, table: weighting.Weighting, num_inner_steps: int = 1) -> Problem:
-    """The published objective on both levels, with the project's AdamW below."""
-
-    def step_losses(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
-        logits = internvl.apply(config, params, batch)
-        return losses.example_losses(logits, batch.labels, batch.step_mask, "mean"), {}
-
-    def meta_loss(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
-        probabilities = jnp.exp(losses.label_log_probs(internvl.apply(config, params, batch), batch.labels))
-        return jnp.mean(losses.meta_loss_mse(losses.masked_mean(probabilities, batch.step_mask))), {}
-
-    inner_tx = optimizers.adamw(lambda count: 5e-5, weight_decay=0.01)
-    return Problem(step_losses, table.apply, meta_loss, inner_tx, num_inner_steps=num_inner_steps)
-
-
-def jitted(problem: Problem, table: weighting.Weighting, name: str) -> Callable[..., Any]:
-    """A whole iteration, state donated; "plain" is the inner step alone."""
-    meta_tx = optimizers.per_entry_rmsprop(lambda count: 5e-3)
-
-    def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, jax.Array]:
-        if name == "plain":
-            train, metrics = inner_steps(problem, state.train, state.meta_params, batch)
-            return state._replace(train=train), metrics["inner_loss"]
-        state, metrics = bilevel.bilevel_step(problem, ESTIMATORS[name], meta_tx, table, state, batch, meta_batch)
-        return state, metrics["inner_loss"]
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def fresh_state(problem: Problem, table: weighting.Weighting, params: Any) -> BilevelState:
-    """Both levels at `params` (copied: the step donates)."""
-    meta_tx = optimizers.per_entry_rmsprop(lambda count: 5e-3)
-    return bilevel.init_state(problem.inner_tx, meta_tx, table, jax.tree.map(jnp.copy, params))
-
-
-def interleave(programs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each program in each round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds + 1):
-        for name, run in programs.items():
-            began = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+from dreamprm_jax.types import Batch
 
 
 def estimators(
@@ -156,15 +76,6 @@ def estimators(
         median = statistics.median(seconds[row["program"]])
         row |= {"batch_size": batch_size, "seconds": median, "ratio": median / plain}
     return found
-
-
-def analysis(compiled: Any) -> dict[str, float]:
-    """Flops and temporary bytes, as XLA counts them (a loop's body counts once)."""
-    cost = compiled.cost_analysis()
-    return {
-        "gflops": cost.get("flops", 0.0) / 1e9,
-        "temporary_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
-    }
 
 
 def inner_step_memory(config: presets.InternVLConfig, bucket: tuple[int, int], counts: tuple[int, ...]) -> list[dict]:
@@ -261,13 +172,6 @@ def peers(config: presets.InternVLConfig, rounds: int, device: str, published: b
     ]
 
 
-def markdown(rows: list[dict]) -> str:
-    """Rows with the same keys as a table."""
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main() -> None:
     """Parses, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,22 +181,23 @@ def main() -> None:
     parser.add_argument("--names", default=",".join(ESTIMATORS), help="estimators, comma-separated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remat", default="none", choices=presets.REMAT_POLICIES)
+    parser.add_argument("--attention", default="xla", choices=presets.ATTENTIONS, help="cudnn: dot and recompute only")
     parser.add_argument("--without-published", action="store_true", help="leave the slow peer out")
     args = parser.parse_args()
     unknown = set(args.names.split(",")) - set(ESTIMATORS)
     if unknown:
         parser.error(f"no such estimator: {', '.join(unknown)}; choose from {', '.join(ESTIMATORS)}")
-    sizes = {"wide": WIDE, "recorded": RECORDED_MODEL, "internvl3_1b": presets.PRESETS["internvl3_1b"]}
     size = args.size or ("recorded" if args.what == "peers" else "wide")
     on_gpu = jax.default_backend() == "gpu"
-    config = dataclasses.replace(sizes[size], remat=args.remat, compute_dtype="bfloat16" if on_gpu else "float32")
+    dtype = "bfloat16" if on_gpu else "float32"
+    config = dataclasses.replace(SIZES[size], remat=args.remat, attention=args.attention, compute_dtype=dtype)
     bucket = (1, 512) if size == "wide" else BUCKETS[1]
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}, {size}, {config.compute_dtype}"
     )
     rows = "the 12 recorded rows" if args.what == "peers" else f"rows of {bucket[0]} tiles and {bucket[1]} tokens"
     how = "compiled, not run" if args.what == "memory" else f"median of {args.rounds} round(s)"
-    print(f"remat {args.remat}, {rows}, {how}\n")
+    print(f"remat {args.remat}, attention {args.attention}, {rows}, {how}\n")
     if args.what == "peers":
         print(markdown(peers(config, args.rounds, "cuda" if on_gpu else "cpu", not args.without_published)))
     elif args.what == "memory":

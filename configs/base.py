@@ -26,6 +26,9 @@ def get_config() -> config_dict.ConfigDict:
     cfg.model.tokenizer = config_dict.placeholder(str)  # directory with tokenizer.json; None: beside the weights
     cfg.model.param_dtype = "float32"  # of parameters and moments: float32 | bfloat16
     cfg.model.compute_dtype = "float32"  # of activations: float32 | bfloat16
+    # auto | xla | cudnn: cudnn is fused (NVIDIA GPUs, bfloat16), and has no forward mode, which some estimators need
+    # (docs/bilevel.md); auto takes it where it serves
+    cfg.model.attention = "auto"
     cfg.model.remat = "none"  # what the backward pass recomputes: none | dots (all but products) | full
     cfg.model.matmul_precision = "default"  # default | highest (float32 parity on an accelerator)
 
@@ -57,6 +60,8 @@ def get_config() -> config_dict.ConfigDict:
     cfg.num_inner_steps = 1  # inner steps that each meta-gradient looks through, >= 1
     cfg.batch_size = 1  # training rows per inner step
     cfg.meta_batch_size = 1  # meta rows per iteration
+    # Meta rows at a time, a divisor of meta_batch_size, the gradient added up: saves memory. None: all at once
+    cfg.meta_micro_batch_size = config_dict.placeholder(int)
     # Estimator of the meta-gradient (docs/bilevel.md): auto (the cheapest exact one) | unrolled | dot | tangent |
     # tangent_recomputed | recompute | mixed | identity | published_fd
     cfg.hypergradient = "auto"
@@ -211,7 +216,9 @@ def paper_scale(cfg: config_dict.ConfigDict) -> None:
     cfg.model.checkpoint = "OpenGVLab/InternVL3-1B"
     cfg.model.compute_dtype = "bfloat16"
     cfg.model.param_dtype = "bfloat16" if cfg.recipe == "published" else "float32"
-    cfg.model.remat = "full"
+    cfg.model.remat = "dots"  # full: on a card of 40 GB or less, or with an estimator that needs forward mode
+    if cfg.meta_batch_size > 1:
+        cfg.meta_micro_batch_size = 1  # one row fills the chip
     cfg.num_steps = 100_000 // cfg.batch_size  # the same number of examples
 
 
@@ -267,6 +274,7 @@ CHECKS = {
     "data": _one_of("files", "embedded"),
     "model.param_dtype": _one_of("float32", "bfloat16"),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
+    "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.remat": _one_of("none", "dots", "full"),
     "model.matmul_precision": _one_of("default", "highest"),
     "images.max_tiles": ((lambda value: 1 <= value <= 40), "from 1 to 40"),
@@ -278,6 +286,7 @@ CHECKS = {
     "num_steps": _at_least(0),
     "batch_size": _at_least(1),
     "meta_batch_size": _at_least(1),
+    "meta_micro_batch_size": _at_least(1),
     "num_inner_steps": _at_least(1),
     "hypergradient": _one_of(
         "auto", "unrolled", "dot", "tangent", "tangent_recomputed", "recompute", "mixed", "identity", "published_fd"
@@ -337,6 +346,11 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         raise ValueError(
             "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
             "nothing to train"
+        )
+    if cfg.meta_micro_batch_size and cfg.meta_batch_size % cfg.meta_micro_batch_size:
+        raise ValueError(
+            f"--config.meta_micro_batch_size={cfg.meta_micro_batch_size}: must divide meta_batch_size "
+            f"({cfg.meta_batch_size})"
         )
     relative = [feature for feature in cfg.weighting.features if feature.startswith("relative_")]
     if cfg.weighting.name == "net" and relative and cfg.batch_size == 1:

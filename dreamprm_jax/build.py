@@ -18,7 +18,7 @@ from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, noisy_steps, records
 from dreamprm_jax.data.example import Example
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.inner import Problem
+from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.types import SUPERVISED, Batch, PyTree
 
@@ -226,10 +226,11 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
         loss = losses.masked_mean(meta_loss(response_score), batch.example_mask)
         return loss, {"meta_prediction": losses.masked_mean(response_score, batch.example_mask)}
 
+    size = cfg.meta_micro_batch_size
     return Problem(
         step_losses,
         weights,
-        outcome_loss,
+        outcome_loss if size is None else micro_batched(outcome_loss, size),
         inner_tx,
         num_inner_steps=cfg.num_inner_steps,
         detached=cfg.weighting.detached,

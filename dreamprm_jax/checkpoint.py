@@ -22,6 +22,7 @@ from dreamprm_jax.data.tokens import PRMTokenizer, load_tokenizer, wrap
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
 from dreamprm_jax.models import config_json, convert, internvl, presets
+from dreamprm_jax.models.layers import choose_attention
 from dreamprm_jax.types import BilevelState, PyTree
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
@@ -84,17 +85,19 @@ def save_model_card(workdir: Path, config: presets.InternVLConfig, tokenizer: PR
     write_text(workdir / MODEL / "tokenizer.json", tokenizer.tokenizer.to_str())
 
 
-def load_model(cfg: Any, seed: int) -> Model:
+def load_model(cfg: Any, seed: int, forward_mode: bool = False) -> Model:
     """Loads what `cfg` (the config's `model`) names, and applies its compute settings.
 
     Args:
       cfg: `checkpoint` is a directory in either InternVL layout, a Hub id, a workdir of ours, or None for a
         fresh tiny model with the embedded benchmark's tokenizer.
       seed: of fresh parameters.
+      forward_mode: whether the model will be pushed forward or differentiated twice: what `attention=auto` may take.
 
     Raises:
       InputError: names what is missing or does not fit.
     """
+    attention = compute_attention(cfg, forward_mode)
     if cfg.checkpoint is None:
         tokenizer = wrap(noisy_steps.tokenizer())
         config = presets.tiny(tokenizer.vocab_size)
@@ -112,9 +115,24 @@ def load_model(cfg: Any, seed: int) -> Model:
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding {config.language.vocab_size} "
             "rows: set model.tokenizer to the checkpoint's own"
         )
-    config = dataclasses.replace(config, remat=cfg.remat, compute_dtype=cfg.compute_dtype)
+    config = dataclasses.replace(config, remat=cfg.remat, compute_dtype=cfg.compute_dtype, attention=attention)
     dtype = jnp.dtype(cfg.param_dtype)
     return Model(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), tokenizer)
+
+
+def compute_attention(cfg: Any, forward_mode: bool) -> str:
+    """`attention` of the config's `model`, `auto` resolved; the arguments are those of `load_model`.
+
+    Raises:
+      InputError: "cudnn" is asked for where it cannot serve.
+    """
+    best = choose_attention(cfg.compute_dtype, forward_mode)
+    if cfg.attention == "cudnn" and best != "cudnn":
+        raise InputError(
+            "--config.model.attention=cudnn: needs an NVIDIA GPU (Ampere or later), --config.model.compute_dtype="
+            "bfloat16, and an estimator without forward mode (dot, recompute, published_fd); take auto or xla"
+        )
+    return best if cfg.attention == "auto" else cfg.attention
 
 
 def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:

@@ -30,7 +30,7 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: a user's mistake, see the rooms that read.
     """
-    model = load_model(cfg.model, cfg.seed)
+    model = load_model(cfg.model, cfg.seed, steps.needs_forward_mode(cfg))
     data = build.training_data(cfg, model)
     weighting, levels = build.instance_weighting(cfg, data.train, model), steps.levels(cfg)
     problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
@@ -51,8 +51,12 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
 
 def resolve(cfg: Any, problem: Problem, model: Model) -> str:
     """The estimator of the run, told on stderr; warns where its optimizer hides the weights from the meta loss."""
-    estimator = steps.resolve_estimator(cfg, problem, forward_mode=model.config.attention == "xla")
-    print(f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient})", file=sys.stderr)
+    fit = steps.gradients_that_fit(model.params)
+    estimator = steps.resolve_estimator(cfg, problem, forward_mode=model.config.attention == "xla", fit=fit)
+    print(
+        f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {model.config.attention}",
+        file=sys.stderr,
+    )
     if (
         cfg.inner.lr
         and estimator in EXACT

@@ -12,11 +12,10 @@ their step with its. docs/bilevel.md has the derivations, docs/reproduction.md t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dreamprm_jax.inner import (
@@ -67,18 +66,19 @@ def dot(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, 
     """Each example's unweighted gradient, kept from the inner step, times u.
 
     Invariant: dL_meta/dw_i = c_i <u, grad l_i> / B, u = (dU/dg)^T grad L_meta(params'); exact for one inner step
-    and weights that are detached from the model. At B = 1 it costs one training and one meta gradient and nothing
-    more, which is the floor; at B > 1 it keeps B copies of the parameters' size. The gradients are weighted after
-    they are taken, since a weight of 0 would leave nothing to divide by.
+    and weights that are detached from the model. It costs one training and one meta gradient and nothing more, which
+    is the floor, and keeps B copies of the parameters' size; the examples are taken in turn, so it suits models of
+    which one example fills the machine. The gradients are weighted after they are taken, since a weight of 0 would
+    leave nothing to divide by. Reverse mode alone.
     """
     check_estimator(problem, "dot")
     values, gradients = example_gradients(problem, state.params, batch)  # leaves [B, ...]
-    norms = jax.vmap(norm)(gradients)
+    norms = jax.lax.map(norm, gradients)
     factors = clip_factor(problem, norms)
     coefficients = cotangents(problem, meta_params, batch, values, factors)[0]  # [B]: c_i w_i / B
-    grads = jax.tree.map(lambda leaf: jnp.einsum("b,b...->...", coefficients, leaf).astype(leaf.dtype), gradients)
+    grads = jax.tree.map(lambda leaf: _weighted_sum(coefficients, leaf), gradients)
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
-    slopes, scales = jax.vmap(lambda gradient: _slope_and_scale(u, gradient))(gradients)  # [B]: <u, grad l_i>
+    slopes, scales = jax.lax.map(lambda gradient: _slope_and_scale(u, gradient), gradients)  # [B]: <u, grad l_i>
     slopes, zero = _drop_residues(slopes, scales)
     meta_grad = _meta_slope(problem, meta_params, batch, values, (slopes, None), factors)
     record = step_record(problem, meta_params, batch, values, factors, grads)
@@ -348,10 +348,20 @@ def _meta_slope(
     return pull((losses_slope, outputs_slope))[0]
 
 
+def _weighted_sum(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
+    """[B], [B, ...] -> [...], in full float32, which an accelerator's products are not by default."""
+    return jnp.einsum("b,b...->...", coefficients, leaf, precision="highest").astype(leaf.dtype)
+
+
 def _slope_and_scale(u: PyTree, gradient: PyTree) -> tuple[jax.Array, jax.Array]:
     """<u, gradient>, and the sum of its terms' sizes, which its rounding error is proportional to."""
+
+    def inner(left: PyTree, right: PyTree) -> jax.Array:
+        products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision="highest"), left, right)  # as above
+        return optax.tree.sum(products)
+
     u, gradient = widen(u), widen(gradient)
-    return optax.tree.vdot(u, gradient), optax.tree.vdot(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
+    return inner(u, gradient), inner(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
 
 
 def _drop_residues(slopes: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -371,6 +381,9 @@ def _share(batch: Batch, flags: jax.Array) -> jax.Array:
     return jnp.sum(flags & mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
+REVERSE_ONLY = ("dot", "recompute", "published_fd")
+"""The estimators that need no forward mode of the losses, so that attention may be fused."""
+
 _DETACHED_ONLY = ("dot", "recompute")
 _ONE_STEP_ONLY = ("dot", "recompute", "tangent", "tangent_recomputed")
 
@@ -383,7 +396,14 @@ def check_estimator(problem: Problem, name: str) -> None:
         raise ValueError(f"{name} needs weights that are detached from the model: use tangent, mixed or unrolled")
 
 
-def choose(problem: Problem, batch_size: int, *, forward_mode: bool = True, remat: bool = False) -> str:
+def choose(
+    problem: Problem,
+    batch_size: int,
+    *,
+    forward_mode: bool = True,
+    remat: bool = False,
+    gradients_that_fit: int = 1,
+) -> str:
     """The name of the cheapest exact estimator for a problem: what `hypergradient=auto` means.
 
     Args:
@@ -391,12 +411,13 @@ def choose(problem: Problem, batch_size: int, *, forward_mode: bool = True, rema
       batch_size: B of one inner step.
       forward_mode: whether the losses can be pushed forward (`jax.jvp`); fused attention kernels cannot.
       remat: whether the model recomputes its activations anyway, so that a linearisation would save nothing.
+      gradients_that_fit: the most examples of which `dot` may keep a gradient each.
 
     Raises:
       ValueError: no exact estimator can do it.
     """
     if problem.num_inner_steps == 1:
-        if batch_size == 1 and problem.detached:
+        if problem.detached and batch_size <= max(1, gradients_that_fit):
             return "dot"
         if forward_mode:
             return "tangent_recomputed" if remat or problem.example_clip_norm is not None else "tangent"
@@ -405,74 +426,9 @@ def choose(problem: Problem, batch_size: int, *, forward_mode: bool = True, rema
     elif forward_mode:
         return "mixed"
     raise ValueError(
-        "no exact estimator: several inner steps, or weights that are not detached, need forward mode, which this "
-        "attention kernel lacks; use attention=xla"
+        "no exact estimator: several inner steps, or weights that are not detached, need forward mode, which fused "
+        "attention lacks; use model.attention=xla"
     )
-
-
-class MetaGradientCheck(NamedTuple):
-    """Relative errors of a meta-gradient: distances over the norm of the one from `unrolled`."""
-
-    against_unrolled: float
-    against_differences: float
-    norm: float
-
-
-def check_meta_gradient(
-    problem: Problem,
-    estimate: Estimator,
-    state: TrainState,
-    meta_params: PyTree,
-    batch: Batch,
-    meta_batch: Batch,
-    *,
-    key: jax.Array,
-    step: float = 1e-3,
-    num_directions: int = 2,
-    tolerance: float | None = None,
-) -> MetaGradientCheck:
-    """Compares an estimator with `unrolled` and with differences of the meta loss, for losses of your own.
-
-    The differences are central, along random directions in meta_params, Richardson-extrapolated to order `step`^6.
-    Call it in float64 (`with jax.enable_x64(True)` and float64 parameters), where exact estimators agree to about
-    1e-10, and with warm moments: Adam's first step is nearly sign(g), whose derivative no difference can see.
-
-    Returns:
-      The errors; they are also checked where `tolerance` is given.
-
-    Raises:
-      ValueError: an error above `tolerance`, or a value that is not finite.
-    """
-
-    def meta_loss(meta_params: PyTree) -> jax.Array:
-        new_state, _ = inner_steps(problem, state, meta_params, batch)
-        return problem.meta_loss(new_state.params, meta_batch)[0]
-
-    @jax.jit
-    def both(meta_params: PyTree) -> tuple[PyTree, PyTree]:
-        exact, _, _ = unrolled(problem, state, meta_params, batch, meta_batch)
-        return exact, estimate(problem, state, meta_params, batch, meta_batch)[0]
-
-    @jax.jit
-    def slope(direction: PyTree, step: float) -> jax.Array:
-        at = lambda t: meta_loss(jax.tree.map(lambda leaf, d: leaf + t * d, meta_params, direction))  # noqa: E731
-        return (at(step) - at(-step)) / (2 * step)
-
-    exact, estimated = both(meta_params)
-    size = float(norm(exact))
-    scale = size if size > 0 else 1.0
-    differences: list[float] = []
-    for one in jax.random.split(key, num_directions):
-        direction = optax.tree.random_like(one, meta_params)
-        direction = jax.tree.map(lambda leaf: leaf / norm(direction), direction)  # noqa: B023
-        whole, half, quarter = (slope(direction, step / n) for n in (1, 2, 4))
-        numeric = (64 * quarter - 20 * half + whole) / 45
-        differences.append(abs(float(numeric - optax.tree.vdot(direction, estimated))) / scale)
-    distance = float(norm(jax.tree.map(jnp.subtract, estimated, exact))) / scale
-    check = MetaGradientCheck(distance, float(np.max(differences)), size)  # np.max keeps a NaN
-    if tolerance is not None and not (distance <= tolerance and check.against_differences <= tolerance):
-        raise ValueError(f"the meta-gradient is off by more than {tolerance}: {check}")
-    return check
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -23,6 +23,9 @@ from dreamprm_jax.types import Batch, PyTree, TrainState
 Values = tuple[jax.Array, Any]
 """(losses [B], outputs): what the model says about a batch."""
 
+MetaLoss = Callable[[PyTree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+"""(params, meta_batch) -> (loss [], aux: dict of arrays for the log)."""
+
 
 class Problem(NamedTuple):
     """A bilevel problem as functions; nothing here knows about models, images or text.
@@ -43,7 +46,7 @@ class Problem(NamedTuple):
 
     losses: Callable[[PyTree, Batch], Values]
     weights: Callable[[PyTree, Batch, Any], jax.Array]
-    meta_loss: Callable[[PyTree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    meta_loss: MetaLoss
     inner_tx: optax.GradientTransformation
     num_inner_steps: int = 1
     detached: bool = True
@@ -63,6 +66,50 @@ def real_rows(batch: Batch, like: jax.Array) -> jax.Array:
     """Which rows count, bool [B]; all of them where the batch has no `example_mask`."""
     mask = batch.get("example_mask") if isinstance(batch, dict) else getattr(batch, "example_mask", None)
     return jnp.ones(like.shape, bool) if mask is None else mask
+
+
+def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
+    """`meta_loss`, taken `size` rows at a time, its gradient added up on the way: the activations of `size` rows.
+
+    For a loss and aux that are means over the real rows. Reverse mode once, which is all that an estimator asks of a
+    meta loss.
+
+    Raises:
+      ValueError: (when called) B is not a multiple of `size`.
+    """
+
+    def chunks(batch: Batch) -> Batch:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if rows % size:
+            raise ValueError(f"a meta batch of {rows} rows cannot be taken {size} at a time: give a divisor")
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
+
+    def mean_of(take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
+        """The mean over chunks of what `take` gives for each, by their real rows; float32 at least on the way."""
+
+        def add(total: PyTree, chunk: Batch) -> tuple[PyTree, None]:
+            share = jnp.sum(real_rows(chunk, jnp.zeros(size))) / jnp.maximum(num_real, 1)
+            return jax.tree.map(lambda old, new: old + (share * new).astype(old.dtype), total, take(chunk)), None
+
+        num_real = jnp.sum(real_rows(batch, jnp.zeros(jax.tree.leaves(batch)[0].shape[0])))
+        parts = chunks(batch)
+        shapes = jax.eval_shape(take, jax.tree.map(lambda leaf: leaf[0], parts))
+        begin = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
+        total, _ = jax.lax.scan(add, begin, parts)
+        return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), total, shapes)
+
+    @jax.custom_vjp
+    def loss(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mean_of(lambda chunk: meta_loss(params, chunk), batch)
+
+    def forward(params: PyTree, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
+        return mean_of(lambda chunk: jax.value_and_grad(meta_loss, has_aux=True)(params, chunk), batch)
+
+    def backward(gradient: PyTree, cotangent: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[PyTree, None]:
+        return jax.tree.map(lambda leaf: (cotangent[0] * leaf).astype(leaf.dtype), gradient), None
+
+    loss.defvjp(forward, backward)
+    return loss
 
 
 def example_loss(problem: Problem, params: PyTree, example: Batch) -> jax.Array:
@@ -144,10 +191,10 @@ def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[V
 
         return jax.grad(loss, has_aux=True)(params)
 
-    if jax.tree.leaves(batch)[0].shape[0] == 1:  # no batched products where there is nothing to batch
+    if jax.tree.leaves(batch)[0].shape[0] == 1:  # no loop where there is nothing to repeat
         gradient, values = own(batch)
         return values, jax.tree.map(lambda leaf: leaf[None], gradient)
-    gradients, values = jax.vmap(own)(one_by_one(batch))
+    gradients, values = jax.lax.map(own, one_by_one(batch))  # in turn: the activations of one example at a time
     return jax.tree.map(lambda leaf: leaf[:, 0], values), gradients
 
 

@@ -12,7 +12,7 @@ import optax
 from dreamprm_jax import bilevel, hypergradient, optimizers
 from dreamprm_jax.bilevel import Step
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
+from dreamprm_jax.hypergradient import ESTIMATORS, EXACT, REVERSE_ONLY
 from dreamprm_jax.inner import Problem, inner_steps
 from dreamprm_jax.types import Batch, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting, uniform
@@ -97,8 +97,30 @@ def outer_optimizer(
     return optax.chain(*steps)
 
 
-def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool) -> str:
-    """The estimator's name; `auto` becomes the cheapest exact one. `forward_mode`: whether the attention has it.
+def needs_forward_mode(cfg: Any) -> bool:
+    """Whether the run pushes the model forward or differentiates it twice, which fused attention cannot."""
+    if not cfg.num_steps or cfg.weighting.name == "uniform":
+        return False
+    if cfg.hypergradient != "auto":
+        return cfg.hypergradient not in REVERSE_ONLY or cfg.identity_cosine_every > 0
+    return cfg.num_inner_steps > 1 or not cfg.weighting.detached or cfg.identity_cosine_every > 0
+
+
+def gradients_that_fit(params: PyTree) -> int:
+    """How many gradients of the parameters' size `dot` may keep beside everything else; 1 where memory is not known.
+
+    The state takes three of that size and the look back three; with the activations of one row at a time it was under
+    8 for InternVL3-1B (docs/performance.md). Above 16 rows, so small a model is better served by rows side by side.
+    """
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return min(16, max(1, memory // size - 8))
+
+
+def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int = 1) -> str:
+    """The estimator's name; `auto` becomes the cheapest exact one.
+
+    `forward_mode`: whether the attention has it. `fit`: `gradients_that_fit`.
 
     Raises:
       InputError: the one asked for cannot serve this problem.
@@ -106,7 +128,11 @@ def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool) -> str:
     try:
         if cfg.hypergradient == "auto":
             return hypergradient.choose(
-                problem, cfg.batch_size, forward_mode=forward_mode, remat=cfg.model.remat != "none"
+                problem,
+                cfg.batch_size,
+                forward_mode=forward_mode,
+                remat=cfg.model.remat != "none",
+                gradients_that_fit=fit,
             )
         hypergradient.check_estimator(problem, cfg.hypergradient)
     except ValueError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -175,6 +176,9 @@ def outputs_read(features: Sequence[str], steps: str) -> set[str]:
     return {name for read in (STEPS[steps], *(FEATURES[feature] for feature in features)) for name in read.reads}
 
 
+_einsum = partial(jnp.einsum, precision="highest")  # an accelerator would multiply float32 numbers in less
+
+
 def instance_net(
     features: Sequence[str],
     num_inputs: int,
@@ -222,9 +226,9 @@ def instance_net(
     def apply(meta_params: PyTree, batch: Batch, outputs: dict[str, jax.Array]) -> jax.Array:
         mask = seen.of(outputs, batch.step_mask & batch.example_mask[:, None])
         x = jnp.concatenate([column.of(outputs, mask) for column in columns], axis=-1)  # [B, S, num_inputs]
-        x = jnp.einsum("bsi,ih->bsh", x, meta_params["hidden.kernel"]) + meta_params["hidden.bias"][None, None]
+        x = _einsum("bsi,ih->bsh", x, meta_params["hidden.kernel"]) + meta_params["hidden.bias"][None, None]
         x = jax.nn.leaky_relu(x, 0.01)
-        x = jnp.einsum("bsh,ho->bso", x, meta_params["output.kernel"])[..., 0] + meta_params["output.bias"][None]
+        x = _einsum("bsh,ho->bso", x, meta_params["output.kernel"])[..., 0] + meta_params["output.bias"][None]
         count = jnp.maximum(jnp.sum(mask, axis=-1), 1)
         return read(jnp.sum(jnp.where(mask, x, 0.0), axis=-1) / count, batch.example_mask)
 

@@ -73,6 +73,15 @@ def test_domain_has_dreamprms_own_meta_loss_and_five_inner_steps():
     assert (cfg.num_inner_steps, cfg.aggregate, cfg.meta_target) == (5, "mean_log_odds", "plus")
 
 
+def test_a_meta_micro_batch_divides_the_meta_batch():
+    cfg = config("table", "internvl3_1b")
+    cfg.meta_batch_size, cfg.meta_micro_batch_size = 8, 4
+    base.validate(cfg)
+    cfg.meta_micro_batch_size = 3
+    with pytest.raises(ValueError, match=r"--config.meta_micro_batch_size=3: must divide meta_batch_size \(8\)"):
+        base.validate(cfg)
+
+
 def test_choices_are_those_that_the_code_knows():
     assert set(base.FEATURES) == set(weighting.FEATURES)
     for name in weighting.STEPS:

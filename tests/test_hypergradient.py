@@ -18,7 +18,8 @@ from jax.test_util import check_grads
 from toy import CHAINS, NUM_EXAMPLES, WEIGHTINGS, batch_of, distance
 
 from dreamprm_jax import bilevel
-from dreamprm_jax.hypergradient import ESTIMATORS, EXACT, check_meta_gradient
+from dreamprm_jax.check import check_meta_gradient
+from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
 from dreamprm_jax.inner import inner_step, inner_steps
 from dreamprm_jax.weighting import uniform
 

@@ -21,6 +21,7 @@ ORDER = [
     {"losses", "weighting", "optimizers"},
     {"inner"},
     {"hypergradient"},
+    {"check"},
     {"bilevel"},
     {"metrics"},
     {"checkpoint"},
@@ -35,7 +36,7 @@ ORDER = [
     {"compare"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-BARE = ("errors", "types", "models", "losses", "weighting", "optimizers", "inner", "hypergradient", "bilevel")
+BARE = ("errors", "types", "models", "losses", "weighting", "optimizers", "inner", "hypergradient", "check", "bilevel")
 BARE_LIBRARIES = {"jax", "flax", "optax", "numpy", "ml_dtypes"}  # ml_dtypes: a part of jax
 
 
@@ -90,7 +91,7 @@ def test_every_room_is_described():
     assert not missing
 
 
-@pytest.mark.parametrize("room", ["losses", "weighting", "optimizers", "inner", "hypergradient", "bilevel"])
+@pytest.mark.parametrize("room", ["losses", "weighting", "optimizers", "inner", "hypergradient", "check", "bilevel"])
 def test_the_mathematics_receives_functions_and_knows_no_model(room):
     assert not rooms_used(PACKAGE / f"{room}.py") & {"models", "data"}
 

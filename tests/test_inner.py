@@ -1,5 +1,7 @@
 """The inner step: what plain training does, and which row counts how much in it; float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ import toy
 from toy import CHAINS, NUM_EXAMPLES, batch_of, toy_problem, toy_table
 
 from dreamprm_jax import bilevel, inner
+from dreamprm_jax.hypergradient import ESTIMATORS
+from dreamprm_jax.losses import masked_mean
 from dreamprm_jax.weighting import uniform
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -145,3 +149,56 @@ def test_several_steps_are_steps_in_a_row():
     np.testing.assert_allclose(record["losses"], [one["losses"] for one in records], rtol=1e-13)
     np.testing.assert_allclose(record["inner_loss"], np.mean([one["inner_loss"] for one in records]), rtol=1e-13)
     np.testing.assert_array_equal(inner.last_batch(problem._replace(num_inner_steps=3), batches).example_id, [5, 5])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("mask", [[True] * 6, [True, True, True, False, False, True], [True] * 3 + [False] * 3])
+def test_a_meta_loss_in_parts_is_the_whole(size, mask):
+    """Loss, aux and gradient; chunks count by their real rows, one without any not at all."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
+
+    def meta_loss(params, batch):
+        values = jnp.tanh(batch["x"] @ params["kernel"])
+        mean = partial(masked_mean, mask=batch["example_mask"])
+        return mean(values**2), {"mean": mean(values)}
+
+    params, batch = {"kernel": jnp.asarray([0.3, -1.0, 0.5])}, {"x": x, "example_mask": jnp.asarray(mask)}
+
+    def taken(loss):  # three times, so that a cotangent other than 1 comes back
+        thrice = lambda params: jax.tree.map(lambda leaf: 3 * leaf, loss(params, batch))  # noqa: E731
+        return jax.jit(jax.value_and_grad(thrice, has_aux=True))(params)
+
+    whole, parts = taken(meta_loss), taken(inner.micro_batched(meta_loss, size))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), whole, parts)
+    np.testing.assert_allclose(inner.micro_batched(meta_loss, size)(params, batch)[0], meta_loss(params, batch)[0])
+
+
+def test_a_meta_loss_in_parts_needs_a_divisor():
+    with pytest.raises(ValueError, match="a meta batch of 6 rows cannot be taken 4 at a time"):
+        inner.micro_batched(lambda params, batch: (0.0, {}), 4)({}, {"x": jnp.zeros((6, 1))})
+
+
+def test_a_meta_loss_in_parts_keeps_the_activations_of_one():
+    """Read off the program: no array of the whole batch's activations, forward or back."""
+
+    def meta_loss(params, batch):
+        return jnp.mean(jnp.sum(jnp.tanh(jnp.tanh(batch @ params)), axis=-1)), {}
+
+    params, batch = jnp.zeros((3, 7)), jnp.zeros((6, 3))
+    program = lambda loss: str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, batch))  # noqa: E731
+    assert "f64[6,7]" in program(meta_loss)
+    parts = program(inner.micro_batched(meta_loss, 2))
+    assert "f64[2,7]" in parts and "f64[6,7]" not in parts
+
+
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_every_estimator_takes_a_meta_loss_in_parts(estimator):
+    problem, state = toy_problem(CHAINS["adamw, clip"], TABLE), toy.warm_state(CHAINS["adamw, clip"])
+    parts = problem._replace(meta_loss=inner.micro_batched(problem.meta_loss, 2))
+    batch, meta_batch = batch_of([0, 1, 4]), batch_of([2, 0, 5, 3])
+    estimate = jax.jit(
+        lambda: [ESTIMATORS[estimator](one, state, TABLE.init(), batch, meta_batch) for one in (problem, parts)]
+    )
+    (whole, _, aux), (grad, _, parts_aux) = estimate()
+    assert toy.distance(grad, whole) < 1e-12
+    np.testing.assert_allclose(parts_aux["meta_loss"], aux["meta_loss"], rtol=1e-12)

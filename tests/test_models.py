@@ -12,7 +12,7 @@ import pytest
 
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models import internvl, presets
-from dreamprm_jax.models.layers import attend_in_blocks
+from dreamprm_jax.models.layers import attend, attend_in_blocks, choose_attention, with_filler
 from dreamprm_jax.models.vit import pixel_shuffle
 from dreamprm_jax.types import Batch
 
@@ -424,3 +424,60 @@ def test_attention_in_blocks_is_the_attention_of_an_accelerator(num_tokens, caus
     ours, expected = both(q, k, v)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=3e-6 * max(1.0, float(jnp.abs(other).max())))
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """As if cuDNN were here: enough to trace what would run, and nothing is run."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_200)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_fused_attention_serves_both_towers(with_cudnn, batch, remat, forward_passes):
+    """Also an odd number of positions, of which its gradient takes none: 17 in the vision tower, 23 tokens.
+
+    Remat "dots" keeps what the kernel hands to its gradient, so that it runs forward once.
+    """
+    config = dataclasses.replace(CONFIG, attention="cudnn", compute_dtype="bfloat16", remat=remat)
+    params = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))  # in float32, which it does not take
+    batch = batch._replace(tokens=batch.tokens[:, :23], image_mask=batch.image_mask[:, :23])
+    program = str(jax.make_jaxpr(jax.grad(total, argnums=1), static_argnums=0)(config, params, batch))
+    assert program.count("dot_product_attention_fwd_wrapper[") == 2 * forward_passes
+    assert program.count("dot_product_attention_bwd_wrapper[") == 2
+    assert "bf16[6,18,2,8]" in program and "bf16[3,24,4,8]" in program  # of all tiles, of all rows
+    assert jax.eval_shape(partial(internvl.apply, config), params, batch).shape == (B, S, VOCABULARY)
+
+
+def test_filler_is_seen_by_no_other_position(with_cudnn):
+    config = dataclasses.replace(CONFIG, attention="cudnn")
+    x, num_filler = with_filler(jnp.ones((1, 5, 4)), config)
+    assert (x.shape, num_filler) == ((1, 6, 4), 1) and not x[:, 5:].any()
+    assert with_filler(x, config)[1] == with_filler(jnp.ones((1, 5, 4)), CONFIG)[1] == 0
+    q = jax.ShapeDtypeStruct((3, 6, 2, 16), jnp.bfloat16)
+
+    def lengths(num_filler):
+        program = jax.make_jaxpr(lambda q: attend(q, q, q, config, causal=False, num_filler=num_filler))(q)
+        return "mask_type=MaskType.PADDING" in str(program), "5:i32[" in str(program)
+
+    assert lengths(1) == (True, True)
+    assert lengths(0) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "forward_mode", "expected"),
+    [
+        ("9.0", "bfloat16", False, "cudnn"),
+        ("8.0", "bfloat16", False, "cudnn"),
+        ("7.5", "bfloat16", False, "xla"),
+        ("9.0", "float32", False, "xla"),
+        ("9.0", "bfloat16", True, "xla"),
+        ("gfx942", "bfloat16", False, "xla"),
+        (None, "bfloat16", False, "xla"),
+    ],
+)
+def test_attention_is_fused_where_it_serves(monkeypatch, capability, dtype, forward_mode, expected):
+    device = type("Device", (), {} if capability is None else {"compute_capability": capability})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert choose_attention(dtype, forward_mode) == expected

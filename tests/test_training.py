@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import domain, net, score, table
-from dreamprm_jax import experiment, train
+from dreamprm_jax import build, experiment, train
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import noisy_steps
+from dreamprm_jax.data.batches import training_batches
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 
@@ -187,6 +188,22 @@ def test_report_is_one_page_with_pictures_and_no_links(finished):
     assert "http" not in page.split("<body>")[1].split("<pre>")[0]
     assert "flipped, corrupted" in page
     assert "<h1>DreamPRM-1.5 in JAX: table, recipe corrected</h1>" in page
+
+
+def test_a_meta_batch_may_be_taken_in_parts():
+    cfg = small_config()
+    model = load_model(cfg.model, seed=0)
+    meta = build.training_data(cfg, model).meta
+    batch = next(iter(training_batches(meta, build.rows_of(cfg, "meta", meta))))
+    found = []
+    for size in (None, 2):
+        cfg.meta_micro_batch_size = size
+        meta_loss = build.prm_problem(cfg, model, None, None).meta_loss
+        program = jax.jit(meta_loss).lower(model.params, batch)
+        found.append((program.compile()(model.params, batch), program.as_text().count("stablehlo.while")))
+    (whole, loops), (parts, more_loops) = found
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), whole, parts)
+    assert more_loops > loops  # it was in parts
 
 
 def test_the_net_lists_each_rows_weight_when_last_seen(tmp_path):

@@ -6,6 +6,8 @@ parameters of all layers of a tower are stacked on a leading L axis under "layer
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,7 @@ from dreamprm_jax.types import Batch, PyTree
 
 def init(config: InternVLConfig, key: jax.Array) -> PyTree:
     """Random parameters, float32, to train from scratch. Free of memory under `jax.eval_shape`."""
+    config = dataclasses.replace(config, attention="xla")  # the pass that finds the shapes is in float32
     vision_key, projector_key, language_key = jax.random.split(key, 3)
     side = config.vision.image_size
     shuffled_width = config.shuffle_factor**2 * config.vision.width

@@ -81,20 +81,46 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(mean_square + self.eps) * match_rank(scale, x)).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, causal: bool) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, causal: bool, num_filler: int = 0
+) -> jax.Array:
     """Softmax attention; logits and softmax in float32, since bfloat16 cannot tell close logits apart.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, T, K, H]; each of the K heads serves N / K query heads.
       causal: position t sees positions <= t only.
+      num_filler: the last positions, which no other sees; fused attention alone has any (`with_filler`).
 
     Returns:
       [B, T, N, H].
     """
-    if config.attention == "xla" and jax.default_backend() == "cpu":
+    if config.attention == "cudnn":
+        num_rows, num_tokens = q.shape[:2]
+        seen = jnp.full((num_rows,), num_tokens - num_filler, jnp.int32) if num_filler else None
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, key_value_seq_lengths=seen, implementation="cudnn"
+        )
+    if jax.default_backend() == "cpu":
         return attend_in_blocks(q, k, v, causal)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=config.attention)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
+
+
+def choose_attention(compute_dtype: str, forward_mode: bool) -> str:
+    """The fastest attention here that serves: "cudnn" on an NVIDIA GPU from Ampere on, in bfloat16, else "xla".
+
+    `forward_mode`: whether the model will be pushed forward (`jax.jvp`) or differentiated twice, which "cudnn" cannot.
+    """
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD has names such as "gfx942"
+    is_new = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
+    return "cudnn" if is_new and compute_dtype == "bfloat16" and not forward_mode else "xla"
+
+
+def with_filler(x: jax.Array, config: InternVLConfig) -> tuple[jax.Array, int]:
+    """[B, T, D] with filler after the last position, and its length: fused attention's gradient needs an even T."""
+    num_filler = x.shape[1] % 2 if config.attention == "cudnn" else 0
+    return (jnp.pad(x, ((0, 0), (0, num_filler), (0, 0))) if num_filler else x), num_filler
 
 
 _CACHED_LOGITS = 2**18  # float32 logits at a time, 1 MiB: with their neighbours they stay in a core's cache
@@ -143,6 +169,15 @@ def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
+def _products_and_fused_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """What remat "dots" keeps: projections, and what fused attention hands to its gradient.
+
+    Attention on a CPU, a head at a time, has products without batch axes: there it keeps their logits too.
+    """
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    return is_product or primitive.name.startswith("dot_product_attention_fwd")
+
+
 def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, num_shared: int = 0) -> Any:
     """`block` repeated `num_layers` times in one loop: parameters stacked on a leading L axis, compiled once.
 
@@ -150,8 +185,7 @@ def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int,
     `config.remat` says what the backward pass recomputes.
     """
     if config.remat != "none":
-        # (Attention on a CPU, a head at a time, has products without batch axes: there "dots" keeps their logits.)
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        saved = _products_and_fused_attention if config.remat == "dots" else None
         # The loop itself already keeps XLA from merging the recomputation with the forward pass.
         block = nn.remat(block, policy=saved, prevent_cse=False)
     return nn.scan(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamprm_jax.models.layers import Linear, RMSNorm, attend, scan_layers
+from dreamprm_jax.models.layers import Linear, RMSNorm, attend, scan_layers, with_filler
 from dreamprm_jax.models.presets import InternVLConfig, LanguageConfig
 
 
@@ -84,6 +84,7 @@ class Qwen2(nn.Module):
 
     def hidden_states(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeddings [B, T, D] -> normalised hidden states [B, S, D] at `positions` [B, S]."""
+        x, _ = with_filler(x, self.config)  # it comes last, where causal attention sees it from itself alone
         cos, sin = rotary_angles(self.config.language, x.shape[1])
         x, _ = self.layers(x, cos, sin)
         return self.norm(jnp.take_along_axis(x, positions[:, :, None], axis=1))

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamprm_jax.models.layers import LayerNorm, Linear, attend, match_rank, scan_layers
+from dreamprm_jax.models.layers import LayerNorm, Linear, attend, match_rank, scan_layers, with_filler
 from dreamprm_jax.models.presets import InternVLConfig
 
 
@@ -16,7 +16,7 @@ class VisionBlock(nn.Module):
     config: InternVLConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:  # [P, 1 + patches, D] -> the same
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:  # [P, 1 + patches (+ filler), D] -> the same
         vision = self.config.vision
         scale_init = nn.initializers.constant(vision.layer_scale_init)
         ls1 = self.param("ls1", scale_init, (vision.width,))
@@ -31,7 +31,8 @@ class VisionBlock(nn.Module):
         heads = (vision.num_heads, vision.width // vision.num_heads)
         # One kernel for queries, keys and values; heads have an axis of their own, so that it can be split by head.
         qkv = Linear("ptd,dknh->ptknh", (vision.width, 3, *heads), name="qkv")(x)
-        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.config, causal=False)
+        num_filler = x.shape[1] - (1 + vision.grid**2)
+        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.config, causal=False, num_filler=num_filler)
         return Linear("ptnh,nhd->ptd", (*heads, vision.width), name="out")(mixed)
 
     def mlp(self, x: jax.Array) -> jax.Array:
@@ -57,8 +58,9 @@ class InternViT(nn.Module):
         class_tokens = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, vision.width))
         x = jnp.concatenate([class_tokens, x], axis=1)
         x = x + match_rank(positions, x).astype(x.dtype)
+        x, num_filler = with_filler(x, self.config)
         x, _ = scan_layers(VisionBlock, self.config, vision.num_layers)(self.config, name="layers")(x)
-        return x
+        return x[:, : x.shape[1] - num_filler]
 
     def embed_patches(self, pixels: jax.Array) -> jax.Array:  # -> [P, patches, D]
         vision = self.config.vision

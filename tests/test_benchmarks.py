@@ -1,0 +1,70 @@
+"""The benchmarks' own arithmetic; what they measure is in docs/reproduction.md and docs/performance.md."""
+
+import json
+import math
+import sys
+
+import jax
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from benchmarks import step, workload
+from dreamprm_jax.models import internvl, presets
+
+CONFIG = presets.InternVLConfig(
+    vision=presets.VisionConfig(width=64, num_layers=3, num_heads=4, mlp_width=96, patch_size=14, image_size=112),
+    language=presets.LanguageConfig(vocab_size=512, width=80, num_layers=2, num_heads=5, num_kv_heads=1, mlp_width=112),
+)
+
+
+def product_flops(jaxpr: Jaxpr) -> int:
+    """2 m n k of every product in a program, loops counted as often as they turn."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+            total += turns * product_flops(inner) if isinstance(inner, Jaxpr) else 0
+    return total
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 3])
+def test_model_flops_are_those_of_the_products(monkeypatch, num_tiles):
+    """Against the traced program, whose attention forms the masked half of the logits too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's attention skips part of them, in blocks
+    num_tokens, language = num_tiles * CONFIG.image_tokens_per_tile + 40, CONFIG.language
+    batch = workload.random_batch(CONFIG, [(num_tiles, num_tokens)], (num_tiles, num_tokens), 0)
+    params = jax.eval_shape(lambda: internvl.init(CONFIG, jax.random.key(0)))
+    program = jax.make_jaxpr(internvl.apply, static_argnums=0)(CONFIG, params, batch)
+    masked = language.num_layers * 2 * num_tokens**2 * language.width
+    assert step.forward_flops(CONFIG, num_tiles, num_tokens) == product_flops(program.jaxpr) - masked
+
+
+def test_a_bilevel_iteration_is_a_training_step_and_a_meta_gradient():
+    flops = {
+        program: step.model_flops(CONFIG, step.Setting(program, 4, 1, num_inner_steps), 40)
+        for program, num_inner_steps in (("training", 1), ("bilevel", 1), ("scoring", 1))
+    }
+    assert flops["training"] == 3 * flops["scoring"] == 12 * step.forward_flops(CONFIG, 1, 40)
+    assert flops["bilevel"] == 2 * flops["training"]
+    assert step.model_flops(CONFIG, step.Setting("bilevel", 4, 1, 3), 40) == 4 * flops["training"]
+
+
+def test_step_writes_a_line_for_every_program(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    path = tmp_path / "step.json"
+    arguments = ["step", "--batch-sizes", "2", "--rounds", "1", "--programs", "training,scoring", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
+    step.main()
+    found = json.loads(path.read_text())
+    assert [row["program"] for row in found["rows"]] == ["training", "scoring"]
+    for row in found["rows"]:
+        assert row["share of matrix rate"] == pytest.approx(row["model TFLOP"] * 1e3 / (row["ms"] / 1e3))
+        assert row["examples/s"] == pytest.approx(2e3 / row["ms"])
+        assert row["temporary GiB"] > 0 and row["state GiB"] > 0
+    assert capsys.readouterr().out.count("\n| ") == 2 + 2

@@ -1,0 +1,92 @@
+"""From a config to a step: which estimator and which attention a run takes."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import net, table, uniform
+from dreamprm_jax import hypergradient, steps
+from dreamprm_jax.checkpoint import load_model
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.inner import Problem
+
+PROBLEM = Problem(None, None, None, optax.sgd(0.1))
+SEVERAL = {"num_inner_steps": 3}
+ATTACHED = {"detached": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "batch_size", "given", "expected"),
+    [
+        ({}, 1, {}, "dot"),
+        ({}, 1, {"forward_mode": False}, "dot"),
+        ({}, 2, {}, "tangent"),
+        ({}, 8, {"gradients_that_fit": 8}, "dot"),
+        ({}, 9, {"gradients_that_fit": 8}, "tangent"),
+        ({}, 8, {"remat": True}, "tangent_recomputed"),
+        ({"example_clip_norm": 1.0}, 8, {}, "tangent_recomputed"),
+        ({}, 8, {"forward_mode": False}, "recompute"),
+        ({}, 8, {"forward_mode": False, "gradients_that_fit": 8}, "dot"),
+        (ATTACHED, 1, {"gradients_that_fit": 8}, "tangent"),
+        (SEVERAL, 1, {"gradients_that_fit": 8}, "mixed"),
+    ],
+)
+def test_auto_is_the_cheapest_exact_estimator_that_serves(fields, batch_size, given, expected):
+    problem = PROBLEM._replace(**fields)
+    name = hypergradient.choose(problem, batch_size, **given)
+    assert name == expected
+    assert name in hypergradient.EXACT
+    hypergradient.check_estimator(problem, name)
+    assert given.get("forward_mode", True) or name in hypergradient.REVERSE_ONLY
+
+
+@pytest.mark.parametrize("fields", [ATTACHED, SEVERAL])
+def test_without_forward_mode_some_problems_have_no_exact_estimator(fields):
+    with pytest.raises(ValueError, match=r"use model\.attention=xla"):
+        hypergradient.choose(PROBLEM._replace(**fields), 1, forward_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "values", "expected"),
+    [
+        (table, {}, False),
+        (table, {"hypergradient": "dot"}, False),
+        (table, {"hypergradient": "recompute"}, False),
+        (table, {"hypergradient": "published_fd"}, False),
+        (table, {"hypergradient": "tangent"}, True),
+        (table, {"hypergradient": "identity"}, True),
+        (table, {"hypergradient": "unrolled"}, True),
+        (table, {"identity_cosine_every": 10}, True),
+        (table, {"hypergradient": "dot", "identity_cosine_every": 10}, True),
+        (table, {"num_inner_steps": 2}, True),
+        (net, {}, False),
+        (net, {"weighting.detached": False}, True),
+        (net, {"weighting.detached": False, "num_steps": 0}, False),
+        (uniform, {"num_inner_steps": 2, "hypergradient": "mixed"}, False),
+    ],
+)
+def test_a_run_needs_forward_mode_where_its_estimator_does(module, values, expected):
+    cfg = module.get_config()
+    cfg.update_from_flattened_dict(values)
+    assert steps.needs_forward_mode(cfg) is expected
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [({"bytes_limit": 17 * 400}, 9), ({"bytes_limit": 7 * 400}, 1), ({"bytes_limit": 10**9}, 16), ({}, 1), (None, 1)],
+)
+def test_dot_keeps_as_many_gradients_as_fit(monkeypatch, memory, expected):
+    device = type("Device", (), {"memory_stats": lambda self: memory})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    params = {"kernel": np.zeros((9, 10), np.float32), "bias": np.zeros(10, np.float32)}  # 400 bytes
+    assert steps.gradients_that_fit(params) == expected
+
+
+def test_fused_attention_is_refused_where_it_cannot_serve():
+    cfg = table.get_config().model.copy_and_resolve_references()
+    cfg.attention = "cudnn"
+    with pytest.raises(InputError, match="--config.model.attention=cudnn: needs an NVIDIA GPU"):
+        load_model(cfg, seed=0)
+    cfg.attention = "xla"
+    assert load_model(cfg, seed=0).config.attention == "xla"
