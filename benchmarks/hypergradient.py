@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from benchmarks.workload import (
@@ -31,6 +30,7 @@ from benchmarks.workload import (
     RECORDED,
     RECORDED_ORDER,
     SIZES,
+    TABLE,
     analysis,
     fresh_state,
     interleave,
@@ -38,6 +38,7 @@ from benchmarks.workload import (
     markdown,
     prm_problem,
     random_batch,
+    stacked,
 )
 from dreamprm_jax import bilevel, weighting
 from dreamprm_jax.hypergradient import ESTIMATORS
@@ -52,12 +53,11 @@ def estimators(
 
     All programs share one state in turn, so that a card need not hold one each.
     """
-    table = weighting.instance_table(NUM_ROWS, "projected", 0.0, 3.0)
-    problem = prm_problem(config, table)
+    problem = prm_problem(config, TABLE)
     batch, meta_batch = (random_batch(config, [bucket] * batch_size, bucket, seed) for seed in (0, 1))
     batch, meta_batch = jax.device_put((batch, meta_batch))
     params = internvl.init(config, jax.random.key(0, impl="rbg"))
-    state = fresh_state(problem, table, params)
+    state = fresh_state(problem, TABLE, params)
     del params
     found, programs, holder = [], {}, {"state": state}
 
@@ -67,7 +67,7 @@ def estimators(
 
     for name in names:
         began = time.perf_counter()
-        compiled = jitted(problem, table, name).lower(state, batch, meta_batch).compile()
+        compiled = jitted(problem, TABLE, name).lower(state, batch, meta_batch).compile()
         found.append({"program": name, **analysis(compiled), "compile_seconds": time.perf_counter() - began})
         programs[name] = partial(run, compiled)
     seconds = interleave(programs, rounds)
@@ -80,15 +80,14 @@ def estimators(
 
 def inner_step_memory(config: presets.InternVLConfig, bucket: tuple[int, int], counts: tuple[int, ...]) -> list[dict]:
     """Temporary memory of K inner steps, `mixed` against reverse over reverse; compiled, not run."""
-    table = weighting.instance_table(NUM_ROWS, "projected", 0.0, 3.0)
     found = []
     for count in counts:
-        problem = prm_problem(config, table, count)
+        problem = prm_problem(config, TABLE, count)
         state = jax.eval_shape(lambda problem=problem: bilevel.init_state(
-            problem.inner_tx, optax.identity(), table, internvl.init(config, jax.random.key(0))
+            problem.inner_tx, optax.identity(), TABLE, internvl.init(config, jax.random.key(0))
         ))  # fmt: skip
         one, meta_batch = (random_batch(config, [bucket], bucket, seed) for seed in (0, 1))
-        batch = Batch(*[np.stack([leaf] * count) for leaf in one]) if count > 1 else one
+        batch = stacked(one, count)
 
         def temporary(name: str, problem=problem, state=state, batch=batch, meta_batch=meta_batch) -> float:
             estimate = jax.jit(lambda train, meta: ESTIMATORS[name](problem, train, meta, batch, meta_batch)[:2])

@@ -30,14 +30,13 @@ import jax.numpy as jnp
 import jaxlib
 
 from benchmarks import workload
-from dreamprm_jax import losses, weighting
+from dreamprm_jax import losses
 from dreamprm_jax.hypergradient import ESTIMATORS, REVERSE_ONLY
 from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.models.layers import choose_attention
 from dreamprm_jax.types import Batch, BilevelState
 
 PROGRAMS = ("training", "bilevel", "scoring")
-GRADIENTS = {"training": 1, "bilevel": 2}  # of each row; scoring takes one forward pass
 TEXT_TOKENS = 440  # of a row beside its image tokens: with 7 tiles the 2,232 of the longest recorded rows
 
 
@@ -72,7 +71,7 @@ def model_flops(config: presets.InternVLConfig, setting: Setting, num_tokens: in
     forward = forward_flops(config, setting.num_tiles, num_tokens) * setting.batch_size
     if setting.program == "scoring":
         return forward
-    return 3 * forward * (setting.num_inner_steps + GRADIENTS[setting.program] - 1)
+    return 3 * forward * (setting.num_inner_steps + (setting.program == "bilevel"))
 
 
 def matrix_rate(dtype: str) -> float:
@@ -95,17 +94,15 @@ def lowered_step(
     config: presets.InternVLConfig, setting: Setting, estimator: str, micro_batch: int | None, state: Any
 ) -> tuple[Any, tuple[Batch, Batch], int]:
     """(program, batches, tokens of a row); the program is lowered, (state, batch, meta_batch) -> (state, number)."""
-    table = weighting.instance_table(workload.NUM_ROWS, "projected", 0.0, 3.0)
     num_tokens = setting.num_tiles * config.image_tokens_per_tile + TEXT_TOKENS
     bucket = (setting.num_tiles, num_tokens)
     one, meta = (workload.random_batch(config, [bucket] * setting.batch_size, bucket, seed) for seed in range(2))
-    steps = setting.num_inner_steps
-    batch = one if steps == 1 else Batch(*[jnp.stack([leaf] * steps) for leaf in one])
+    batch = workload.stacked(one, setting.num_inner_steps)
     if setting.program == "scoring":
         step = jax.jit(partial(_score, config), donate_argnums=0)
     else:
-        problem = workload.prm_problem(config, table, steps, micro_batch)
-        step = workload.jitted(problem, table, "plain" if setting.program == "training" else estimator)
+        problem = workload.prm_problem(config, workload.TABLE, setting.num_inner_steps, micro_batch)
+        step = workload.jitted(problem, workload.TABLE, "plain" if setting.program == "training" else estimator)
     return step.lower(state, batch, meta), (batch, meta), num_tokens
 
 
@@ -126,10 +123,9 @@ def measure(
     rounds: int,
 ) -> list[dict[str, Any]]:
     """One dict a setting; the programs share one state in turn, so that a card need not hold one each."""
-    table = weighting.instance_table(workload.NUM_ROWS, "projected", 0.0, 3.0)
-    problem = workload.prm_problem(config, table)
+    problem = workload.prm_problem(config, workload.TABLE)
     params = internvl.init(config, jax.random.key(0, impl="rbg"))
-    holder = {"state": workload.fresh_state(problem, table, params)}
+    holder = {"state": workload.fresh_state(problem, workload.TABLE, params)}
     del params
     state = jax.eval_shape(lambda: holder["state"])
 

@@ -42,6 +42,7 @@ RECORDED_MODEL = presets.InternVLConfig(
     vision=presets.VisionConfig(width=64, num_layers=2, num_heads=4, mlp_width=128),
     language=presets.LanguageConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=160),
 )
+TABLE = weighting.instance_table(NUM_ROWS, "projected", 0.0, 3.0)
 SIZES = {"wide": WIDE, "recorded": RECORDED_MODEL, "internvl3_1b": presets.PRESETS["internvl3_1b"]}
 
 
@@ -64,6 +65,11 @@ def random_batch(
         tokens, image_mask, tiles, positions, rng.choice(np.int32([10, 12]), (size, NUM_STEPS)),
         np.ones((size, NUM_STEPS), bool), rng.integers(0, NUM_ROWS, size, dtype=np.int32), np.ones(size, bool),
     )  # fmt: skip
+
+
+def stacked(batch: Batch, count: int) -> Batch:
+    """The same batch for each of `count` inner steps: leaves [K, B, ...], or as it is for a single one."""
+    return batch if count == 1 else Batch(*[np.stack([leaf] * count) for leaf in batch])
 
 
 def prm_problem(

@@ -29,7 +29,9 @@ def get_config() -> config_dict.ConfigDict:
     # auto | xla | cudnn: cudnn is fused (NVIDIA GPUs, bfloat16), and has no forward mode, which some estimators need
     # (docs/bilevel.md); auto takes it where it serves
     cfg.model.attention = "auto"
-    cfg.model.remat = "none"  # what the backward pass recomputes: none | dots (all but products) | full
+    cfg.model.remat = (
+        "none"  # what the backward pass recomputes: none | full | dots (not products, nor fused attention)
+    )
     cfg.model.matmul_precision = "default"  # default | highest (float32 parity on an accelerator)
 
     cfg.images = config_dict.ConfigDict()

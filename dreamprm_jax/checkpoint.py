@@ -97,7 +97,7 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False) -> Model:
     Raises:
       InputError: names what is missing or does not fit.
     """
-    attention = compute_attention(cfg, forward_mode)
+    attention = _attention(cfg, forward_mode)
     if cfg.checkpoint is None:
         tokenizer = wrap(noisy_steps.tokenizer())
         config = presets.tiny(tokenizer.vocab_size)
@@ -120,7 +120,7 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False) -> Model:
     return Model(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), tokenizer)
 
 
-def compute_attention(cfg: Any, forward_mode: bool) -> str:
+def _attention(cfg: Any, forward_mode: bool) -> str:
     """`attention` of the config's `model`, `auto` resolved; the arguments are those of `load_model`.
 
     Raises:

@@ -355,13 +355,8 @@ def _weighted_sum(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
 
 def _slope_and_scale(u: PyTree, gradient: PyTree) -> tuple[jax.Array, jax.Array]:
     """<u, gradient>, and the sum of its terms' sizes, which its rounding error is proportional to."""
-
-    def inner(left: PyTree, right: PyTree) -> jax.Array:
-        products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision="highest"), left, right)  # as above
-        return optax.tree.sum(products)
-
     u, gradient = widen(u), widen(gradient)
-    return inner(u, gradient), inner(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
+    return optax.tree.vdot(u, gradient), optax.tree.vdot(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
 
 
 def _drop_residues(slopes: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -417,7 +412,7 @@ def choose(
       ValueError: no exact estimator can do it.
     """
     if problem.num_inner_steps == 1:
-        if problem.detached and batch_size <= max(1, gradients_that_fit):
+        if problem.detached and batch_size <= gradients_that_fit:
             return "dot"
         if forward_mode:
             return "tangent_recomputed" if remat or problem.example_clip_norm is not None else "tangent"

@@ -78,24 +78,22 @@ def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
       ValueError: (when called) B is not a multiple of `size`.
     """
 
-    def chunks(batch: Batch) -> Batch:
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        if rows % size:
-            raise ValueError(f"a meta batch of {rows} rows cannot be taken {size} at a time: give a divisor")
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
-
     def mean_of(take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
         """The mean over chunks of what `take` gives for each, by their real rows; float32 at least on the way."""
+        num_rows = jax.tree.leaves(batch)[0].shape[0]
+        if num_rows % size:
+            raise ValueError(f"a meta batch of {num_rows} rows cannot be taken {size} at a time: give a divisor")
+        real = jnp.sum(real_rows(batch, jnp.zeros(num_rows)).reshape(-1, size), axis=1)
+        shares = real / jnp.maximum(jnp.sum(real), 1)  # of each chunk
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
 
-        def add(total: PyTree, chunk: Batch) -> tuple[PyTree, None]:
-            share = jnp.sum(real_rows(chunk, jnp.zeros(size))) / jnp.maximum(num_real, 1)
+        def add(total: PyTree, part: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
+            share, chunk = part
             return jax.tree.map(lambda old, new: old + (share * new).astype(old.dtype), total, take(chunk)), None
 
-        num_real = jnp.sum(real_rows(batch, jnp.zeros(jax.tree.leaves(batch)[0].shape[0])))
-        parts = chunks(batch)
-        shapes = jax.eval_shape(take, jax.tree.map(lambda leaf: leaf[0], parts))
-        begin = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
-        total, _ = jax.lax.scan(add, begin, parts)
+        shapes = jax.eval_shape(take, jax.tree.map(lambda leaf: leaf[0], chunks))
+        begin = widen(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+        total, _ = jax.lax.scan(add, begin, (shares, chunks))
         return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), total, shapes)
 
     @jax.custom_vjp

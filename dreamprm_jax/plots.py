@@ -52,7 +52,7 @@ def losses_by_step(rows: Sequence[dict]) -> Figure:
                 axes.plot(steps, smooth(values, window), colour, label=name)
     axes.set(xlabel="step", ylabel="loss")
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each curve once, not once a phase
-    axes.legend(named.values(), named.keys(), loc="upper right")
+    axes.legend(named.values(), named.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -117,7 +117,7 @@ def gradients_that_fit(params: PyTree) -> int:
     return min(16, max(1, memory // size - 8))
 
 
-def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int = 1) -> str:
+def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int) -> str:
     """The estimator's name; `auto` becomes the cheapest exact one.
 
     `forward_mode`: whether the attention has it. `fit`: `gradients_that_fit`.

@@ -12,6 +12,7 @@ from toy import CHAINS, NUM_EXAMPLES, batch_of, distance
 
 from dreamprm_jax import bilevel, optimizers
 from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
+from dreamprm_jax.inner import Problem
 from dreamprm_jax.types import TrainState
 from dreamprm_jax.weighting import instance_table
 
@@ -181,3 +182,30 @@ def test_every_optax_optimizer(name):
     assert distance(mixed, reference) <= 1e-9 * max(float(optax.tree.norm(reference)), SMALL)
     assert (min(norms[1:]) < 1e-12) == (name in SOMETIMES_ZERO), norms
     assert optimizers.derivative_vanishes(tx, params) == (name in SOMETIMES_ZERO)
+
+
+def products(program):
+    """Precisions of all products of a program, those of its loops and branches too."""
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("name", ["dot", "recompute", "tangent"])
+def test_an_estimators_own_products_are_in_full_precision(name):
+    """An accelerator takes float32 products in less unless told; losses without products show the estimator's own."""
+    batch = {"x": jnp.ones((2, 3))}
+    problem = Problem(
+        lambda params, batch: (jnp.sum((params[None] * batch["x"]) ** 2, axis=-1), None),
+        lambda meta_params, batch, outputs: meta_params,
+        lambda params, batch: (jnp.sum(params**4), {}),
+        optax.adam(0.1),
+    )
+    state = bilevel.init_train_state(problem.inner_tx, jnp.ones(3))
+    program = jax.make_jaxpr(functools.partial(ESTIMATORS[name], problem))(state, jnp.ones(2), batch, batch)
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert set(products(program.jaxpr)) == {highest}

@@ -281,3 +281,10 @@ def test_activations_of_the_net(activation, function):
 def test_unknown_names_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_nets_products_are_in_full_precision():
+    """An accelerator takes float32 products in less unless told."""
+    net = net_of()
+    program = str(jax.make_jaxpr(net.apply)(net.init(), batch_of([0, 1, 2, 3]), outputs_of(4, 3)))
+    assert program.count("dot_general[") == program.count("HIGHEST, Precision.HIGHEST") == 2
