@@ -29,9 +29,8 @@ def get_config() -> config_dict.ConfigDict:
     # auto | xla | cudnn: cudnn is fused (NVIDIA GPUs, bfloat16), and has no forward mode, which some estimators need
     # (docs/bilevel.md); auto takes it where it serves
     cfg.model.attention = "auto"
-    cfg.model.remat = (
-        "none"  # what the backward pass recomputes: none | full | dots (not products, nor fused attention)
-    )
+    # What the backward pass recomputes: none | full (whole layers) | dots (all but products and fused attention)
+    cfg.model.remat = "none"
     cfg.model.matmul_precision = "default"  # default | highest (float32 parity on an accelerator)
 
     cfg.images = config_dict.ConfigDict()
