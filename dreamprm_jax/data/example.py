@@ -35,12 +35,31 @@ class Example(NamedTuple):
     true_false: bool | None = None  # is the final answer right? (meta and test rows)
     dataset: str | None = None  # the domain, for the domain table
     corrupted: bool | None = None  # does some step label differ from the truth? (noisy_steps)
+    soft_labels: tuple[float, ...] | None = None  # [S] probability of "+", where it is known (rollouts)
+    step_truth: tuple[int, ...] | None = None  # [S] 1 right, -1 wrong, 0 neutral (step benchmarks)
     place: str = ""  # "meta.json row 17", for messages
 
     @property
     def num_steps(self) -> int:
         """Number of labelled steps S."""
         return sum(turn.role == GPT for turn in self.turns)
+
+
+class Question(NamedTuple):
+    """A question with a known answer and, where they are at hand, the candidate responses to choose from (C)."""
+
+    row: int
+    id: str
+    text: str  # as asked, with `<image n>` where image n (from 1) belongs
+    answer: str  # a letter where there are options, else the text of the answer
+    options: tuple[str, ...] = ()  # (A), (B), ... in order; () for an open question
+    images: tuple[ImageSource, ...] = ()
+    candidates: tuple[str, ...] = ()  # [C] whole responses
+    true_false: tuple[bool, ...] = ()  # [C]
+    subject: str | None = None
+    image_type: str | None = None
+    difficulty: str | None = None
+    place: str = ""
 
 
 class Encoded(NamedTuple):
