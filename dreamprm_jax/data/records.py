@@ -20,8 +20,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from dreamprm_jax.data.conversation import IMAGE_MARKER, check_image_markers, find_control_token
+from dreamprm_jax.data.conversation import IMAGE_MARKER, check_image_markers
 from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, SYSTEM, Example, Turn
+from dreamprm_jax.data.fields import (
+    check_id,
+    check_row,
+    check_turn_text,
+    field_error,
+    find_images,
+    optional_bool,
+    optional_text,
+    required,
+    shown,
+)
 from dreamprm_jax.errors import InputError
 
 _MAX_IMAGE_PATH = 4096  # characters; longer ones name no file on any system
@@ -29,13 +40,13 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _EMPTY_LIST = re.compile(r"\s*\[\s*\]\s*")
 
 
-class _Rules(NamedTuple):
+class FileRules(NamedTuple):
     """What the rows of one file are checked against."""
 
-    image_root: str | Path | None
     find_image: Callable[[str], Path | None]
-    outcome_required: bool
-    labels_required: bool
+    image_root: str | Path | None
+    outcome_required: bool = False
+    labels_required: bool = True
 
 
 def read_examples(
@@ -58,11 +69,11 @@ def read_examples(
         and says how many more there are.
     """
     find = functools.cache(functools.partial(find_image, image_root=image_root))
-    rules = _Rules(image_root, find, outcome_required, labels_required)
+    rules = FileRules(find, image_root, outcome_required, labels_required)
     examples, errors = [], []
     for row, parsed in enumerate(_parse_rows(_read_text(Path(path)), str(path))):
         try:
-            examples.append(_example(parsed, row, f"{path} row {row}", rules))
+            examples.append(parse_example(parsed, row, f"{path} row {row}", rules))
         except InputError as error:
             errors.append(error)
     if errors:
@@ -159,112 +170,63 @@ def _not_json(place: str, error: Exception) -> InputError:
     return InputError(f"{place}: not valid JSON ({reason}); correct it, or write the file again if it was cut")
 
 
-def _error(place: str, field: str, problem: str) -> InputError:
-    return InputError(f'{place}: "{field}" {problem}')
+def parse_example(row: Any, index: int, place: str, rules: FileRules) -> Example:
+    """One parsed row, checked.
 
+    Args:
+      row: as parsed; the InputError that parsing gave is raised.
+      index: its 0-based position, `Example.row`.
+      place: begins messages ("meta.json row 17").
+      rules: of its file.
 
-def _shown(value: Any) -> str:
-    """A value for a message, cut to a readable length."""
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError):  # deep nesting
-        text = type(value).__name__
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _example(row: Any, index: int, place: str, rules: _Rules) -> Example:
-    if isinstance(row, InputError):
-        raise row
-    if not isinstance(row, dict):
-        raise InputError(f'{place}: is {_shown(row)}; a row is an object: "id", "image", "conversations"')
-    row_id = _required(row, "id", place)
-    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
-        raise _error(place, "id", f"is {_shown(row_id)}; it must be text or a whole number")
-    images = _images(_required(row, "image", place, "; write null for a row without image"), place, rules)
-    turns = _turns(_required(row, "conversations", place), place, rules.labels_required)
+    Raises:
+      InputError: a row that is not as it must be.
+    """
+    row = check_row(row, place, '"id", "image", "conversations"')
+    row_id = check_id(row, place)
+    value = required(row, "image", place, "; write null for a row without image")
+    images = find_images(value, place, rules.find_image, rules.image_root)
+    turns = _turns(required(row, "conversations", place), place, rules.labels_required)
     check_image_markers(turns, len(images), place)
-    true_false, dataset = row.get("true_false"), row.get("dataset")
-    if true_false is not None and not isinstance(true_false, bool):
-        raise _error(place, "true_false", f"is {_shown(true_false)}; it must be true or false")
+    true_false = optional_bool(row, "true_false", place)
     if true_false is None and rules.outcome_required:
-        raise _error(place, "true_false", "is missing; a meta row needs true or false")
-    if dataset is not None:
-        _check_text(dataset, place, "dataset")
+        raise field_error(place, "true_false", "is missing; a meta row needs true or false")
+    dataset = optional_text(row, "dataset", place)
     return Example(
         row=index, id=row_id, turns=turns, images=images, true_false=true_false, dataset=dataset, place=place
     )
 
 
-def _required(row: dict, field: str, place: str, advice: str = "; add it") -> Any:
-    if field not in row:
-        raise _error(place, field, f"is missing{advice}")
-    return row[field]
-
-
-def _check_text(value: Any, place: str, field: str) -> str:
-    """Checks for text that can be tokenised: not empty, no half of a surrogate pair."""
-    if not isinstance(value, str) or not value.strip():
-        raise _error(place, field, f"is {_shown(value)}; it must be text, and not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value[error.start])
-        raise _error(place, field, f"holds {half}, half a surrogate pair; remove it") from error
-    return value
-
-
-def _images(value: Any, place: str, rules: _Rules) -> tuple[Path, ...]:
-    if value is None:
-        return ()
-    names = value if isinstance(value, list) else [value]
-    if not names:
-        raise _error(place, "image", "is an empty list; write null for a row without image")
-    return tuple(_image(_check_text(name, place, "image"), place, rules) for name in names)
-
-
-def _image(name: str, place: str, rules: _Rules) -> Path:
-    if not rules.image_root:
-        raise _error(place, "image", f"is {_shown(name)}, but no image directory is given; set one")
-    image = rules.find_image(name)
-    if image is None:
-        problem = f"{_shown(name)} is no file under {rules.image_root}; put it there or correct the path"
-        raise _error(place, "image", problem)
-    return image
-
-
 def _turns(value: Any, place: str, labels_required: bool) -> tuple[Turn, ...]:
     if not isinstance(value, list) or not value:
-        raise _error(place, "conversations", f"is {_shown(value)}; it must be a list of turns, and not empty")
+        raise field_error(place, "conversations", f"is {shown(value)}; it must be a list of turns, and not empty")
     turns: list[Turn] = []
     for number, item in enumerate(value):
         field = f"conversations[{number}]"
         turn = _turn(item, place, field, labels_required)
         if turn.role == SYSTEM and number > 0:
-            raise _error(place, field, 'is a "system" turn; only the first turn can be one')
+            raise field_error(place, field, 'is a "system" turn; only the first turn can be one')
         if turn.role == GPT and (number == 0 or turns[-1].role != HUMAN):
-            raise _error(place, field, 'is a "gpt" turn, but no "human" turn is before it; add the step')
+            raise field_error(place, field, 'is a "gpt" turn, but no "human" turn is before it; add the step')
         turns.append(turn)
     if turns[-1].role != GPT:
         problem = f'ends with a "{turns[-1].role}" turn; the last step needs its "gpt" turn too'
-        raise _error(place, "conversations", problem)
+        raise field_error(place, "conversations", problem)
     return tuple(turns)
 
 
 def _turn(item: Any, place: str, field: str, labels_required: bool) -> Turn:
     if not isinstance(item, dict):
-        raise _error(place, field, f'is {_shown(item)}; a turn is an object with "from" and "value"')
+        raise field_error(place, field, f'is {shown(item)}; a turn is an object with "from" and "value"')
     role = item.get("from")
     if role not in (SYSTEM, HUMAN, GPT):
-        raise _error(place, f"{field}.from", f'is {_shown(role)}; it must be "system", "human" or "gpt"')
+        raise field_error(place, f"{field}.from", f'is {shown(role)}; it must be "system", "human" or "gpt"')
     field = f"{field}.value"
     if role == GPT:
         return Turn(GPT, _label(item.get("value"), place, field, labels_required))
-    text = _check_text(item.get("value"), place, field)
-    token = find_control_token(text)
-    if token:
-        raise _error(place, field, f"holds the control token {token}; take it out of the text")
+    text = check_turn_text(item.get("value"), place, field)
     if role == SYSTEM and IMAGE_MARKER in text:
-        raise _error(place, field, f'holds {IMAGE_MARKER}; images can stand in "human" turns only')
+        raise field_error(place, field, f'holds {IMAGE_MARKER}; images can stand in "human" turns only')
     return Turn(role, text)
 
 
@@ -273,4 +235,4 @@ def _label(value: Any, place: str, field: str, labels_required: bool) -> str:
         return value
     if not labels_required and value in ("", None):
         return PLUS
-    raise _error(place, field, f'is {_shown(value)}; a label is exactly "{PLUS}" or "{MINUS}"')
+    raise field_error(place, field, f'is {shown(value)}; a label is exactly "{PLUS}" or "{MINUS}"')
