@@ -30,7 +30,6 @@ from tqdm import tqdm
 from configs import table
 from dreamprm_jax import bilevel, build, hypergradient, steps
 from dreamprm_jax.checkpoint import load_model
-from dreamprm_jax.data import batches
 from dreamprm_jax.inner import Problem, inner_gradient, inner_steps
 from dreamprm_jax.types import Batch, BilevelState, PyTree
 
@@ -95,8 +94,7 @@ def samples(cold_start: str, seed: int, num_steps: int, every: int) -> tuple[dic
     weighting, levels = build.instance_weighting(cfg, data.train, model), steps.levels(cfg)
     problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
     state = _double(bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params))
-    train = iter(batches.training_batches(data.train, build.rows_of(cfg, "train", data.train)))
-    meta = iter(batches.training_batches(data.meta, build.rows_of(cfg, "meta", data.meta)))
+    train, meta = build.stream_of(cfg, "train", data.train)(0), build.stream_of(cfg, "meta", data.meta)(0)
     look = jax.jit(lambda *arguments: compare(problem, *arguments))
     step = jax.jit(
         lambda *arguments: bilevel.bilevel_step(problem, hypergradient.tangent, levels.meta_tx, weighting, *arguments)[

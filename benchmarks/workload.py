@@ -69,7 +69,7 @@ def random_batch(
 
 def stacked(batch: Batch, count: int) -> Batch:
     """The same batch for each of `count` inner steps: leaves [K, B, ...], or as it is for a single one."""
-    return batch if count == 1 else Batch(*[np.stack([leaf] * count) for leaf in batch])
+    return batch if count == 1 else jax.tree.map(lambda leaf: np.stack([leaf] * count), batch)
 
 
 def prm_problem(
@@ -82,7 +82,7 @@ def prm_problem(
 
     def step_losses(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
         logits = internvl.apply(config, params, batch)
-        return losses.example_losses(logits, batch.labels, batch.step_mask, "mean"), {}
+        return losses.example_losses(losses.label_log_probs(logits, batch.labels), batch.step_mask, "mean"), {}
 
     def meta_loss(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
         probabilities = jnp.exp(losses.label_log_probs(internvl.apply(config, params, batch), batch.labels))

@@ -35,9 +35,18 @@ def get_config() -> config_dict.ConfigDict:
 
     cfg.images = config_dict.ConfigDict()
     cfg.images.max_tiles = 6  # tiles per image without the thumbnail, 1 to 40
+    # Tiles per row, thumbnails included, which its images share alike; None: no limit but the model's context
+    cfg.images.tile_budget = config_dict.placeholder(int)
 
-    # files (train.path, meta.path) | embedded (noisy_steps; with a path given, that file)
-    cfg.data = "files"
+    cfg.data = config_dict.ConfigDict()
+    cfg.data.source = "files"  # files (train.path, meta.path) | embedded (noisy_steps; with a path given, that file)
+    # A row that cannot be used (not read, too long, no image): raise (name it and end) | skip (count, tell, go on)
+    cfg.data.on_error = "raise"
+    cfg.data.max_bad_share = 0.01  # of the rows of a file: more that are bad end the run all the same, 0 to 1
+    # Padded shapes of the batches that feed one step, each a program to compile, >= 2 where a meta set takes part
+    cfg.data.max_shapes = 11
+    cfg.data.threads = 2  # that read ahead, >= 1
+    cfg.data.workers = 0  # processes that read ahead, each with its threads; 0: threads of the run's own
     for level in ("train", "meta"):
         cfg[level] = config_dict.ConfigDict()
         cfg[level].path = config_dict.placeholder(str)  # .json or .jsonl
@@ -68,6 +77,8 @@ def get_config() -> config_dict.ConfigDict:
     cfg.hypergradient = "auto"
     # Of a moving average of the parameters, which then scores; in [0, 1)
     cfg.ema_decay = config_dict.placeholder(float)
+    # Train on each step's share of right continuations, where rows have it ("soft_labels"), in place of "+" or "-"
+    cfg.soft_labels = False
     cfg.step_loss = "mean"  # over the steps of a chain: mean (published code) | sum (paper, Eq. 1)
     # Sum of the exponentials over the vocabulary: exact | torch_cpu (with the float32 rounding of torch's CPU kernel,
     # which recorded runs contain; on an accelerator the same as exact)
@@ -225,7 +236,7 @@ def paper_scale(cfg: config_dict.ConfigDict) -> None:
 
 def embedded_scale(cfg: config_dict.ConfigDict) -> None:
     """noisy_steps on a tiny InternVL: two CPU cores, minutes, nothing downloaded. One cold start for all methods."""
-    cfg.data = "embedded"
+    cfg.data.source = "embedded"
     cfg.images.max_tiles = 1
     for phase in (cfg.pretrain, cfg.cold_start):
         phase.batch_size, phase.weight_decay, phase.clip_norm = 64, 0.01, None
@@ -272,12 +283,18 @@ ACTIVATIONS = {
 CHECKS = {
     "task": _one_of("train", "score", "compare"),
     "seed": _at_least(0),
-    "data": _one_of("files", "embedded"),
+    "data.source": _one_of("files", "embedded"),
+    "data.on_error": _one_of("raise", "skip"),
+    "data.max_bad_share": ((lambda value: 0 <= value <= 1), "from 0 to 1"),
+    "data.max_shapes": _at_least(2),
+    "data.threads": _at_least(1),
+    "data.workers": _at_least(0),
     "model.param_dtype": _one_of("float32", "bfloat16"),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.remat": _one_of("none", "dots", "full"),
     "model.matmul_precision": _one_of("default", "highest"),
+    "images.tile_budget": _at_least(1),
     "images.max_tiles": ((lambda value: 1 <= value <= 40), "from 1 to 40"),
     **{
         f"{phase}.{field}": _at_least(minimum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from safetensors.numpy import load_file
 from dreamprm_jax import losses, weighting
 from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, noisy_steps, records
+from dreamprm_jax.data.bad_rows import OnError
+from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, with_shapes
 from dreamprm_jax.data.example import Example
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
@@ -26,12 +29,12 @@ from dreamprm_jax.types import SUPERVISED, Batch, PyTree
 class TrainingData(NamedTuple):
     """The data sets of a training run; those of the embedded benchmark alone are None or empty elsewhere."""
 
-    pretrain: batches.Dataset | None
-    cold_start: batches.Dataset
-    train: batches.Dataset
-    meta: batches.Dataset | None
+    pretrain: Dataset | None
+    cold_start: Dataset
+    train: Dataset
+    meta: Dataset | None
     questions: tuple[noisy_steps.Question, ...]
-    test: batches.Dataset | None
+    test: Dataset | None
 
 
 def record(cfg: Any) -> dict[str, Any]:
@@ -54,26 +57,39 @@ def _fingerprint(path: str) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the config names it") from error
 
 
-def image_spec(cfg: Any, config: presets.InternVLConfig) -> batches.ImageSpec:
+def image_spec(cfg: Any, config: presets.InternVLConfig) -> ImageSpec:
     """Tiling as the config asks and the model needs."""
-    return batches.ImageSpec(cfg.images.max_tiles, config.vision.image_size, config.image_tokens_per_tile)
+    size, tokens = config.vision.image_size, config.image_tokens_per_tile
+    return ImageSpec(cfg.images.max_tiles, size, tokens, cfg.images.tile_budget)
 
 
-def read_file(source: Any, field: str, *, outcome_required: bool = False) -> list[Example]:
+def read_file(source: Any, field: str, *, outcome_required: bool = False) -> Sequence[Example | InputError]:
     """The rows of a config's file (`train`, `meta`, `input`); `field` names it in messages.
 
     Raises:
-      InputError: the path is missing, or a row is not in order.
+      InputError: the path is missing, or the file cannot be read.
     """
     if source.path is None:
-        raise InputError(f"--config.{field}.path is missing: give a .json or .jsonl file")
+        raise InputError(f"--config.{field}.path is missing: give a .json or .jsonl file, or a prepared directory")
     root = source.images or Path(source.path).parent
-    return records.read_examples(source.path, root, outcome_required=outcome_required)
+    return records.read_rows(source.path, root, outcome_required=outcome_required)
+
+
+def encoder(cfg: Any, model: Model) -> Callable[..., Dataset]:
+    """`encode_all` as the config asks and the model needs: rows in, checked data set out."""
+    return partial(
+        encode_all,
+        tokenizer=model.tokenizer,
+        images=image_spec(cfg, model.config),
+        context=model.config.language.max_positions,
+        on_error=OnError(cfg.data.on_error, cfg.data.max_bad_share),
+        max_shapes=cfg.data.max_shapes,
+    )
 
 
 def is_embedded(cfg: Any) -> bool:
     """Whether the run is on the embedded benchmark: it is meant to be, and names no file of its own."""
-    return cfg.data == "embedded" and cfg.train.path is None and cfg.meta.path is None
+    return cfg.data.source == "embedded" and cfg.train.path is None and cfg.meta.path is None
 
 
 def training_data(cfg: Any, model: Model) -> TrainingData:
@@ -82,28 +98,23 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
     Raises:
       InputError: the first row, image or field that cannot be used.
     """
-    encode = partial(
-        batches.encode_all,
-        tokenizer=model.tokenizer,
-        images=image_spec(cfg, model.config),
-        context=model.config.language.max_positions,
-    )
+    encode = encoder(cfg, model)
     if is_embedded(cfg):
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
-        meta = batches.with_outcome_targets(encode(splits.meta), model.tokenizer)
+        meta = encode(splits.meta, outcome_targets=True)
         pretrain = encode(splits.pretrain) if cfg.pretrain.num_steps else None
         cold_start, train = encode([*splits.pretrain, *splits.cold_start]), encode(splits.train)
         return TrainingData(pretrain, cold_start, train, meta, tuple(splits.test), encode(test))
-    train = encode(read_file(cfg.train, "train"))
+    train = encode(read_file(cfg.train, "train"), soft_labels=cfg.soft_labels)
     meta = None
     if cfg.num_steps:
-        meta = encode(read_file(cfg.meta, "meta", outcome_required=True))
-        meta = batches.with_outcome_targets(meta, model.tokenizer)
+        meta = encode(read_file(cfg.meta, "meta", outcome_required=True), outcome_targets=True)
+        train, meta = with_shapes([train, meta], cfg.data.max_shapes)
     return TrainingData(None, train, train, meta, (), None)
 
 
-def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
+def plan_of(cfg: Any, stream: str, dataset: Dataset) -> batches.Plan:
     """The rows of every batch of a data stream: "pretrain", "cold_start", "train" or "meta".
 
     The cold start of a file run is on the training rows, in their order; each stream has a seed of its own.
@@ -118,16 +129,27 @@ def rows_of(cfg: Any, stream: str, dataset: batches.Dataset) -> Any:
         "meta": (cfg.meta_batch_size, cfg.num_steps),
     }
     batch_size, num_batches = sizes[stream]
-    return batches.training_order(
-        len(dataset),
+    return batches.make_plan(
+        dataset,
         batch_size=batch_size,
         num_batches=num_batches,
         seed=len(sizes) * cfg.seed + list(sizes).index(stream),
-        order=None if path is None else batches.read_order(path, len(dataset)),
+        order=None if path is None else batches.read_order(path, dataset.rows),
     )
 
 
-def instance_weighting(cfg: Any, train: batches.Dataset, model: Model) -> weighting.Weighting:
+def stream_of(cfg: Any, stream: str, dataset: Dataset) -> Callable[[int], Iterator[Batch]]:
+    """What opens a data stream (`plan_of`) at the batch of a step."""
+    return partial(
+        batches.training_batches,
+        dataset,
+        plan_of(cfg, stream, dataset),
+        num_inner_steps=cfg.num_inner_steps if stream == "train" else 1,
+        reading=batches.Reading(cfg.data.threads, cfg.data.workers),
+    )
+
+
+def instance_weighting(cfg: Any, train: Dataset, model: Model) -> weighting.Weighting:
     """The weighting that the config names, started from `weighting.init` where that is given.
 
     Raises:
@@ -140,7 +162,9 @@ def instance_weighting(cfg: Any, train: batches.Dataset, model: Model) -> weight
         made = weighting.instance_table(len(train), chosen.activation, chosen.minimum, chosen.maximum)
     elif chosen.name == "domain":
         domains = domain_names(train)
-        made = weighting.domain_table([domains.index(row.dataset) for row in train.examples], len(domains))
+        numbers = {name: number for number, name in enumerate(domains)}
+        # A row that is skipped has no domain and is never looked up.
+        made = weighting.domain_table([numbers.get(name, 0) for name in train.domains], len(domains))
     else:
         widths = {"label_probs": 2, "hidden": model.config.language.width}
         num_inputs = sum(widths.get(feature, 1) for feature in chosen.features)
@@ -154,16 +178,17 @@ def instance_weighting(cfg: Any, train: batches.Dataset, model: Model) -> weight
     return made._replace(init=lambda: meta_params)
 
 
-def domain_names(train: batches.Dataset) -> list[str]:
+def domain_names(train: Dataset) -> list[str]:
     """The training rows' sources, sorted: the order of the domain table.
 
     Raises:
       InputError: a row that names none.
     """
-    for row in train.examples:
-        if row.dataset is None:
-            raise InputError(f'{row.place}: "dataset" is missing; weighting.name=domain needs every row\'s source')
-    return sorted({row.dataset for row in train.examples})
+    for row in train.rows:
+        if train.domains[row] is None:
+            place = train.examples[row].place
+            raise InputError(f'{place}: "dataset" is missing; weighting.name=domain needs every row\'s source')
+    return sorted({train.domains[row] for row in train.rows})
 
 
 def read_meta_params(path: str, shapes: PyTree) -> PyTree:
@@ -202,17 +227,20 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
     def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = internvl.step_hidden_states(model.config, params, batch)
         logits = internvl.head(model.config, params, hidden)
+        if batch.soft_labels is None:
+            log_probs = losses.label_log_probs(logits, batch.labels, over_vocabulary)
+        else:
+            log_probs = losses.soft_label_log_probs(logits, batch.soft_labels, plus, minus, over_vocabulary)
         outputs = {}
         if "label_logits" in needed:
             outputs["label_logits"] = jnp.stack([logits[..., plus], logits[..., minus]], axis=-1)
         if "step_losses" in needed:
-            outputs["step_losses"] = -losses.label_log_probs(logits, batch.labels, over_vocabulary)
+            outputs["step_losses"] = -log_probs
         if "label_is_plus" in needed:
             outputs["label_is_plus"] = (batch.labels == plus).astype(jnp.float32)
         if "hidden" in needed:
             outputs["hidden"] = hidden.astype(jnp.float32)
-        step_loss = losses.example_losses(logits, batch.labels, batch.step_mask, cfg.step_loss, over_vocabulary)
-        return step_loss, outputs
+        return losses.example_losses(log_probs, batch.step_mask, cfg.step_loss), outputs
 
     def outcome_loss(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = internvl.apply(model.config, params, batch)

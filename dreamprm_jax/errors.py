@@ -6,4 +6,10 @@ class InputError(ValueError):
 
     The message names the file, the row (0-based), the field and the value, and says what to do.
     `run.py` turns it into exit status 2 and one `error:` line; any other exception is a bug of ours.
+
+    kind: what is wrong with a row, in a word, where errors are counted: the field, "JSON" or "length".
     """
+
+    def __init__(self, message: str, *, kind: str = "row"):
+        super().__init__(message)
+        self.kind = kind

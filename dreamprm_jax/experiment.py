@@ -11,7 +11,6 @@ from typing import Any
 
 from dreamprm_jax import bilevel, build, steps
 from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, claim_workdir, load_model, save_model_card
-from dreamprm_jax.data import batches
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
 from dreamprm_jax.metrics import MetricsWriter
@@ -85,18 +84,17 @@ def phases(
         phase, dataset = cfg[name], getattr(data, name)
         if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
             step, tx = steps.supervised(cfg, phase, problem)
-            stream = iter(batches.training_batches(dataset, build.rows_of(cfg, name, dataset)))
+            stream = build.stream_of(cfg, name, dataset)
             found.append((Phase(name, first_step, phase.num_steps, step, (stream,)), tx))
             first_step += phase.num_steps
     if cfg.num_steps:
-        rows = build.rows_of(cfg, "train", data.train)
-        streams = [iter(batches.training_batches(data.train, rows, cfg.num_inner_steps))]
+        streams = [build.stream_of(cfg, "train", data.train)]
         if estimator is None:
             clip_norm = steps.clip_of_weighted(cfg)
             name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay)
         else:
             name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting)
-            streams.append(iter(batches.training_batches(data.meta, build.rows_of(cfg, "meta", data.meta))))
+            streams.append(build.stream_of(cfg, "meta", data.meta))
         found.append((Phase(name, first_step, cfg.num_steps, step, tuple(streams)), levels.inner_tx))
     return found
 
@@ -105,7 +103,7 @@ def train(cfg: Any, workdir: Path, run: list[tuple[Phase, Any]], state: BilevelS
     """Runs all phases, from the newest checkpoint where there is one.
 
     1. No checkpoint: start the first phase at `state`.
-    2. A checkpoint inside a phase: go on there, each data stream where it stood.
+    2. A checkpoint inside a phase: go on there, each data stream with that step's batch.
     3. A checkpoint at a phase's end: start the next phase from its parameters, inner optimizer fresh.
     """
     if cfg.ema_decay is not None:
@@ -128,7 +126,6 @@ def train(cfg: Any, workdir: Path, run: list[tuple[Phase, Any]], state: BilevelS
 
 def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot) -> Snapshot:
     train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
-    streams = [stream.get_state() for stream in phase.streams]
-    progress = {**snapshot.progress, "phase": phase.name, "next_step": 0, "streams": streams}
+    progress = {**snapshot.progress, "phase": phase.name, "next_step": 0}
     state = snapshot.state._replace(train=train_state)
     return Snapshot(bilevel.with_ema(state) if state.ema else state, progress)

@@ -61,19 +61,23 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
-def example_losses(
-    logits: jax.Array, labels: jax.Array, step_mask: jax.Array, reduce: str, over_vocabulary: LogSumExp = log_sum_exp
+def soft_label_log_probs(
+    logits: jax.Array, soft_labels: jax.Array, plus_id: int, minus_id: int, over_vocabulary: LogSumExp = log_sum_exp
 ) -> jax.Array:
+    """Expected log P(label) where the label is "+" with probability `soft_labels` [B, S], else "-": [B, S]."""
+    chosen = soft_labels * logits[..., plus_id] + (1.0 - soft_labels) * logits[..., minus_id]
+    return chosen - over_vocabulary(logits)
+
+
+def example_losses(label_log_probs: jax.Array, step_mask: jax.Array, reduce: str) -> jax.Array:
     """Cross entropy of each example's step labels, [B] in nats.
 
     Args:
-      logits: [B, S, V].
-      labels: [B, S] token ids.
+      label_log_probs: [B, S], of `label_log_probs` or `soft_label_log_probs`.
       step_mask: [B, S]; masked steps have no influence, not even through their gradient.
       reduce: "mean" over an example's steps (published code) or "sum" (paper, Eq. 1).
-      over_vocabulary: `log_sum_exp`, or `log_sum_exp_as_torch` to reproduce recorded runs.
     """
-    step_losses = jnp.where(step_mask, -label_log_probs(logits, labels, over_vocabulary), 0.0)  # [B, S]
+    step_losses = jnp.where(step_mask, -label_log_probs, 0.0)  # [B, S]
     return jnp.sum(step_losses, axis=-1) if reduce == "sum" else masked_mean(step_losses, step_mask)
 
 

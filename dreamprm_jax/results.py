@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from dreamprm_jax import build, report
 from dreamprm_jax.checkpoint import Model, Snapshot
 from dreamprm_jax.data import batches
+from dreamprm_jax.data.dataset import Dataset, encode_all
 from dreamprm_jax.data.example import PLUS
 from dreamprm_jax.evaluate import Candidates, best_of_n, label_accuracy
 from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
@@ -29,7 +30,7 @@ from dreamprm_jax.weighting import Weighting, uniform
 def instance_weights(
     cfg: Any, model: Model, data: build.TrainingData, weighting: Weighting, state: BilevelState
 ) -> list[dict[str, Any]]:
-    """The lines of instance_weights.jsonl: every training row with its weight and how often it was drawn.
+    """The lines of instance_weights.jsonl: every usable training row with its weight and how often it was drawn.
 
     The weight is the one that would be applied now; a net's is that of the row's last visit, null before the first.
     Where the truth is known, each line has it, and the row's loss under the trained model beside it.
@@ -40,12 +41,12 @@ def instance_weights(
     else:
         every = Batch(*[None] * 6, example_id=np.arange(num_rows), example_mask=np.ones(num_rows, bool))
         found = np.asarray(weighting.apply(state.meta_params, every, {}))
-    drawn = build.rows_of(cfg, "train", data.train) if cfg.num_steps else None  # a cold start draws none of them
-    visits = np.zeros(num_rows, int) if drawn is None else batches.count_visits(drawn, cfg.num_steps, num_rows)
+    plan = build.plan_of(cfg, "train", data.train) if cfg.num_steps else None  # a cold start draws none of them
+    visits = np.zeros(num_rows, int) if plan is None else batches.count_visits(plan, num_rows)
     lines = []
-    for row, example in enumerate(data.train.examples):
+    for row in data.train.rows.tolist():
         weight = None if np.isnan(found[row]) else found[row]
-        lines.append({"example_id": row, "id": example.id, "weight": weight, "visits": visits[row]})
+        lines.append({"example_id": row, "id": data.train.ids[row], "weight": weight, "visits": visits[row]})
     if data.test is None:
         return lines
     losses = training_losses(cfg, model, data.train)
@@ -139,7 +140,7 @@ def candidates(lines: Sequence[dict[str, Any]], scores: Sequence[float]) -> list
     ]
 
 
-def training_losses(cfg: Any, model: Model, train: batches.Dataset) -> np.ndarray:
+def training_losses(cfg: Any, model: Model, train: Dataset) -> np.ndarray:
     """Each training row's loss under the model, [N] in nats."""
     problem = build.prm_problem(cfg, model, uniform().apply, optax.identity())
     losses_of = jax.jit(lambda params, batch: problem.losses(params, batch)[0])
@@ -151,7 +152,7 @@ def training_losses(cfg: Any, model: Model, train: batches.Dataset) -> np.ndarra
 
 
 def pictured(
-    cfg: Any, model: Model, train: batches.Dataset, weights: Sequence[dict[str, Any]]
+    cfg: Any, model: Model, train: Dataset, weights: Sequence[dict[str, Any]]
 ) -> tuple[list[report.Pictured], list[report.Pictured]]:
     """The training rows of highest and of lowest weight, their steps scored as at selection time."""
     highest, lowest = report.extremes(weights)
@@ -159,7 +160,7 @@ def pictured(
     if not rows:
         return [], []
     examples = [with_plus_history(train.examples[row]) for row in rows]
-    dataset = batches.encode_all(examples, model.tokenizer, train.images, model.config.language.max_positions)
+    dataset = encode_all(examples, model.tokenizer, train.images, model.config.language.max_positions)
     scores = score_dataset(model, dataset, batch_size=max(64, cfg.meta_batch_size), aggregate=cfg.aggregate)
     found = [
         report.Pictured(train.examples[row], float(weights[row]["weight"]), score.full)
@@ -203,7 +204,7 @@ def finish(
         summary["steps"] |= {} if loss_auroc is None else {"loss_auroc": loss_auroc}
         extremes = pictured(cfg, model, data.train, weights)
     summary["seconds"] = snapshot.progress["seconds"] + time.perf_counter() - began
-    domains = [example.dataset for example in data.train.examples]
+    domains = [data.train.domains[line["example_id"]] for line in weights]
     config = cfg.to_json_best_effort(indent=2)
     report.write_report(workdir, summary, weights, domains, config, scored=scored, pictured=extremes)
     write_text(workdir / "summary.json", json.dumps(summary, indent=2))

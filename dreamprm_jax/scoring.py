@@ -13,7 +13,8 @@ from tqdm import tqdm
 from dreamprm_jax import build, losses
 from dreamprm_jax.checkpoint import Model, claim_workdir, load_model
 from dreamprm_jax.data import batches
-from dreamprm_jax.data.example import GPT, PLUS, Encoded, Example
+from dreamprm_jax.data.dataset import Dataset
+from dreamprm_jax.data.example import GPT, PLUS, Example
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
 from dreamprm_jax.models import internvl
@@ -28,8 +29,8 @@ class ChainScores(NamedTuple):
     response: float  # `full`, aggregated
 
 
-def score_dataset(model: Model, dataset: batches.Dataset, *, batch_size: int, aggregate: str) -> list[ChainScores]:
-    """Scores every chain, in the data set's order.
+def score_dataset(model: Model, dataset: Dataset, *, batch_size: int, aggregate: str) -> list[ChainScores]:
+    """Scores every usable chain, in the data set's order.
 
     Chains of like length share a batch, so that padding stays small; neither the batch nor the padding
     changes a score beyond float rounding.
@@ -44,7 +45,7 @@ def score_dataset(model: Model, dataset: batches.Dataset, *, batch_size: int, ag
         return full, losses.step_scores_two_token(logits, plus, minus), response
 
     results: dict[int, ChainScores] = {}
-    with tqdm(total=len(dataset), unit="chain", desc="score", mininterval=1.0) as bar:
+    with tqdm(total=len(dataset.rows), unit="chain", desc="score", mininterval=1.0) as bar:
         for batch in batches.ordered_batches(dataset, batch_size):
             arrays = jax.device_get(scores(model.params, batch))
             for slot in np.flatnonzero(batch.example_mask):
@@ -52,7 +53,7 @@ def score_dataset(model: Model, dataset: batches.Dataset, *, batch_size: int, ag
                 real = batch.step_mask[slot]
                 results[int(batch.example_id[slot])] = ChainScores(full[real], two_token[real], float(response))
             bar.update(int(batch.example_mask.sum()))
-    return [results[row] for row in range(len(dataset))]
+    return [results[row] for row in dataset.rows]
 
 
 def with_plus_history(example: Example) -> Example:
@@ -61,13 +62,14 @@ def with_plus_history(example: Example) -> Example:
     return example._replace(turns=turns)
 
 
-def score_line(example: Example, encoded: Encoded, scores: ChainScores) -> dict[str, Any]:
+def score_line(dataset: Dataset, row: int, scores: ChainScores) -> dict[str, Any]:
     """One line of the output file (README, Formats)."""
+    example = dataset.examples[row]
     line = {
-        "row": example.row,
+        "row": row,
         "id": example.id,
-        "num_tiles": encoded.num_tiles,
-        "num_tokens": len(encoded.tokens),
+        "num_tiles": dataset.num_tiles[row],
+        "num_tokens": dataset.num_tokens[row],
         "step_scores": scores.full,
         "step_scores_two_token": scores.two_token,
         "score": scores.response,
@@ -85,11 +87,9 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     """
     examples = build.read_file(cfg.input, "input")
     if cfg.score.history == "plus":
-        examples = [with_plus_history(example) for example in examples]
+        examples = [row if isinstance(row, InputError) else with_plus_history(row) for row in examples]
     model = load_model(cfg.model, cfg.seed)
-    dataset = batches.encode_all(
-        examples, model.tokenizer, build.image_spec(cfg, model.config), model.config.language.max_positions
-    )
+    dataset = build.encoder(cfg, model)(examples)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
     if output.resolve() == Path(cfg.input.path).resolve():
         raise InputError(f"--config.output={output}: is the input file itself; give another file")
@@ -101,7 +101,7 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
         raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
     began = time.perf_counter()
     scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate)
-    lines = [score_line(*row) for row in zip(dataset.examples, dataset.encoded, scores, strict=True)]
+    lines = [score_line(dataset, *scored) for scored in zip(dataset.rows.tolist(), scores, strict=True)]
     write_json_lines(output, lines)
     result = {"num_chains": len(lines), "mean_score": float(np.mean([s.response for s in scores]))}
     rate = {"chains_per_second": len(lines) / (time.perf_counter() - began)}

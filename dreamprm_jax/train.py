@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import grain
@@ -15,6 +18,9 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import MetricsWriter
 from dreamprm_jax.types import Batch
 
+OpenStream = Callable[[int], grain.DatasetIterator]
+"""Number of a step -> the batches from there on."""
+
 
 class Phase(NamedTuple):
     """A stretch of the run with one step function."""
@@ -23,7 +29,7 @@ class Phase(NamedTuple):
     first_step: int  # of the run, where this phase begins
     num_steps: int
     step: Step  # (state, *batches) -> (state, metrics), jitted, pure
-    streams: tuple[grain.DatasetIterator, ...]  # one batch of each goes into every step
+    streams: tuple[OpenStream, ...]  # one batch of each goes into every step
 
 
 class Cadence(NamedTuple):
@@ -51,25 +57,34 @@ def run_phase(
     """
     start, state = snapshot.progress["next_step"], snapshot.state
     began = time.perf_counter() - snapshot.progress["seconds"]
-    for stream, stream_state in zip(phase.streams, snapshot.progress["streams"], strict=True):
-        stream.set_state(stream_state)
     logger = _Logger(phase, writer, cadence.log_every)
-    for step in range(start, phase.num_steps):
-        batches = [next(stream) for stream in phase.streams]
-        state, metrics = phase.step(state, *batches)
-        logger.push(_Pending(step, batches[0], metrics))
-        done = step + 1
-        if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
-            logger.flush()  # every line up to a checkpoint is on disk before it, and its loss is finite
-            progress = {
-                "phase": phase.name,
-                "next_step": done,
-                "streams": [stream.get_state() for stream in phase.streams],
-                "seconds": time.perf_counter() - began,  # of the whole run, over all its restarts
-            }
-            snapshot = Snapshot(state, progress)
-            checkpoints.save(phase.first_step + done, snapshot)
+    with closing(_placed_batches(phase.streams, start)) as upcoming:
+        for step in range(start, phase.num_steps):
+            batch, placed = next(upcoming)
+            state, metrics = phase.step(state, *placed)
+            logger.push(_Pending(step, batch, metrics))
+            done = step + 1
+            if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
+                logger.flush()  # every line up to a checkpoint is on disk before it, and its loss is finite
+                seconds = time.perf_counter() - began  # of the whole run, over all its restarts
+                snapshot = Snapshot(state, {"phase": phase.name, "next_step": done, "seconds": seconds})
+                checkpoints.save(phase.first_step + done, snapshot)
     return snapshot
+
+
+def _placed_batches(streams: Sequence[OpenStream], start: int) -> Iterator[tuple[Batch, list[Batch]]]:
+    """Of every step from `start` on the first stream's batch as read, and all streams' batches on the device.
+
+    The next step's are on their way to the device while this one's are used.
+    """
+    with ExitStack() as stack:
+        readers = [stack.enter_context(closing(open_at(start))) for open_at in streams]
+        ready: deque[tuple[Batch, list[Batch]]] = deque()
+        for batches in zip(*readers, strict=True):
+            ready.append((batches[0], jax.device_put(list(batches))))
+            if len(ready) > 1:
+                yield ready.popleft()
+        yield from ready
 
 
 class _Logger:

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     step_mask: Array  # [B, S] bool
     example_id: Array  # [B] int32: the row's index in its data set
     example_mask: Array  # [B] bool: false for rows that only fill up the batch
+    soft_labels: Array | None = None  # [B, S] float32: probability that the label is "+", where the loss is to use it
 
 
 class TrainState(NamedTuple):

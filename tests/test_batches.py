@@ -1,20 +1,26 @@
-"""Encoding, buckets, padding and order of the batches."""
+"""Padding, the order of a run, and reading ahead: every batch is a function of its number."""
 
 import io
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from itertools import chain
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from dreamprm_jax.data import batches, noisy_steps
-from dreamprm_jax.data.example import Example
+from dreamprm_jax.data.dataset import ImageSpec, encode_all
 from dreamprm_jax.data.tokens import wrap
 from dreamprm_jax.errors import InputError
 
 TOKENIZER = wrap(noisy_steps.tokenizer())
-SPEC = batches.ImageSpec(max_tiles=2, tile_size=28, tokens_per_tile=4)
+SPEC = ImageSpec(max_tiles=2, tile_size=28, tokens_per_tile=4)
 ROWS = noisy_steps.make(0, noisy_steps.Sizes(test_questions=1, meta_questions=20, cold_start=1, pretrain=1))
 
 
@@ -24,16 +30,31 @@ def png(width, height, value):
     return buffer.getvalue()
 
 
+def text_only(row):
+    question = row.turns[0]._replace(text=row.turns[0].text.replace("<image>", ""))
+    return row._replace(images=(), turns=(question, *row.turns[1:]))
+
+
+def encode(rows, **options):
+    return encode_all(rows, TOKENIZER, SPEC, context=200, **options)
+
+
 @pytest.fixture(scope="module")
 def dataset():
     """Rows with 1 image (1 tile), 1 wide image (2 tiles and a thumbnail), two images, and none."""
     rows = [row._replace(row=index) for index, row in enumerate(ROWS.train[:4])]
-    question = rows[3].turns[0]._replace(text=rows[3].turns[0].text.replace("<image>", ""))
     rows[1] = rows[1]._replace(images=(png(56, 28, 7),))
     rows[2] = rows[2]._replace(images=(png(28, 28, 8), png(28, 28, 9)), turns=(
         rows[2].turns[0]._replace(text="<image>" + rows[2].turns[0].text), *rows[2].turns[1:]))  # fmt: skip
-    rows[3] = rows[3]._replace(images=(), turns=(question, *rows[3].turns[1:]))
-    return batches.encode_all(rows, TOKENIZER, SPEC, context=200)
+    rows[3] = text_only(rows[3])
+    return encode(rows, max_shapes=4)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """60 rows of two shapes, in turn: with a tile, and without."""
+    rows = [text_only(row) if index % 2 else row for index, row in enumerate(ROWS.train[:60])]
+    return encode(rows, max_shapes=2)
 
 
 def test_a_batch_holds_every_row_as_encoded(dataset):
@@ -43,7 +64,7 @@ def test_a_batch_holds_every_row_as_encoded(dataset):
     np.testing.assert_array_equal(batch.example_id, [2, 0, 3, 1, 0])
     np.testing.assert_array_equal(batch.example_mask, [True] * 4 + [False])
     for slot, row in enumerate([2, 0, 3, 1]):
-        encoded = dataset.encoded[row]
+        encoded, _ = dataset.load(row)
         length, steps = len(encoded.tokens), len(encoded.labels)
         np.testing.assert_array_equal(batch.tokens[slot, :length], encoded.tokens)
         assert np.all(batch.tokens[slot, length:] == TOKENIZER.pad_id)
@@ -52,6 +73,8 @@ def test_a_batch_holds_every_row_as_encoded(dataset):
         scored = batch.tokens[slot, batch.step_positions[slot, :steps] + 1]
         np.testing.assert_array_equal(scored, batch.labels[slot, :steps])
     assert not batch.step_mask[4].any()
+    assert not batch.image_mask[4].any()
+    assert batch.soft_labels is None
 
 
 def test_tiles_of_several_images_stand_in_order_and_padding_is_zero(dataset):
@@ -63,40 +86,28 @@ def test_tiles_of_several_images_stand_in_order_and_padding_is_zero(dataset):
     assert not batch.tiles[2].any()
 
 
-def test_kept_tiles_are_the_ones_on_file(dataset, monkeypatch):
-    monkeypatch.setattr(batches, "KEPT_BYTES", 0)
-    unkept = batches.encode_all(dataset.examples, TOKENIZER, SPEC, context=200)
-    assert unkept.tiles is None
-    for one, other in zip(batches.collate(unkept, [0, 1, 2, 3]), batches.collate(dataset, [0, 1, 2, 3]), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 def test_text_only_batches_have_no_tiles(dataset):
-    only = batches.encode_all([dataset.examples[3]], TOKENIZER, SPEC, context=200)
-    assert batches.collate(only, [0]).tiles.shape == (1, 0, 28, 28, 3)
+    assert batches.collate(encode([dataset.examples[3]]), [0]).tiles.shape == (1, 0, 28, 28, 3)
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 7, 100], [700, 745, 2069, 2231], [0, 1, 7, 13]])
-def test_buckets_cover_all_lengths_and_waste_at_most_half(lengths):
-    edges = batches.buckets(lengths, multiple=1)
-    assert max(edges) == max(lengths)
-    for length in lengths:
-        padded = min(edge for edge in edges if edge >= length)
-        assert padded <= max(2 * length, 1)
-    assert len(edges) <= len(set(lengths))
+def test_soft_labels_travel_with_their_steps():
+    rows = [row._replace(soft_labels=(0.25, 1.0)) for row in ROWS.train[:2]]
+    batch = batches.collate(encode(rows, soft_labels=True), [0, 1], batch_size=3)
+    np.testing.assert_array_equal(batch.soft_labels, [[0.25, 1.0], [0.25, 1.0], [0, 0]])
+    assert batch.soft_labels.dtype == np.float32
 
 
-def stream_of(dataset, count, **kwargs):
-    return iter(batches.training_batches(dataset, batches.training_order(len(dataset), num_batches=count, **kwargs)))
+def stream_of(dataset, count, first=0, reading=batches.READING, **kwargs):
+    plan = batches.make_plan(dataset, num_batches=count, **kwargs)
+    return batches.training_batches(dataset, plan, first, reading=reading)
 
 
 def drain(dataset, count, **kwargs):
-    stream = stream_of(dataset, count, **kwargs)
-    return [next(stream).example_id.tolist() for _ in range(count)]
+    return [batch.example_id.tolist() for batch in stream_of(dataset, count, **kwargs)]
 
 
 def test_every_row_comes_once_in_an_epoch_and_epochs_differ():
-    dataset = batches.encode_all(ROWS.train[:8], TOKENIZER, SPEC, context=200)
+    dataset = encode(ROWS.train[:8])
     drawn = drain(dataset, 8, batch_size=2, seed=3)
     first, second = list(chain(*drawn[:4])), list(chain(*drawn[4:]))
     assert sorted(first) == sorted(second) == list(range(8))
@@ -106,30 +117,103 @@ def test_every_row_comes_once_in_an_epoch_and_epochs_differ():
 
 
 def test_batches_run_on_across_epochs_of_any_length():
-    dataset = batches.encode_all(ROWS.train[:3], TOKENIZER, SPEC, context=200)
+    dataset = encode(ROWS.train[:3])
     drawn = list(chain(*drain(dataset, 6, batch_size=2, seed=0)))
     assert all(sorted(drawn[start : start + 3]) == [0, 1, 2] for start in range(0, 12, 3))
+
+
+def test_rows_of_one_shape_share_a_batch_and_none_is_lost(uneven):
+    """200 batches of 6: of each window's at most one is mixed; the draws are those of an order without shapes."""
+    plan = batches.make_plan(uneven, batch_size=6, num_batches=200, seed=0)
+    kinds = [len({row % 2 for row in plan[number]}) for number in range(200)]
+    assert sum(kind > 1 for kind in kinds) <= 4
+    one_shape = batches.make_plan(encode(uneven.examples, max_shapes=1), batch_size=6, num_batches=200, seed=0)
+    for start in range(0, 200, batches.WINDOW):
+        window = range(start, min(start + batches.WINDOW, 200))
+        drawn = [np.sort(np.concatenate([each[number] for number in window])) for each in (plan, one_shape)]
+        np.testing.assert_array_equal(*drawn)
+    assert np.ptp(np.bincount(np.concatenate([plan[n] for n in range(200)]))) <= 1  # 1,200 draws of 60 rows
+
+
+def test_when_a_batch_comes_says_nothing_of_its_length(uneven):
+    plan = batches.make_plan(uneven, batch_size=6, num_batches=64, seed=0)
+    halves = [np.mean([plan[n][0] % 2 for n in window]) for window in (range(32), range(32, 64))]
+    assert max(halves) < 0.8
+
+
+def test_batches_of_one_and_given_orders_stay_as_drawn(uneven):
+    assert batches.make_plan(uneven, batch_size=1, num_batches=4, seed=0).shape_of is None
+    order = np.array([3, 2, 1, 0])
+    assert drain(uneven, 3, batch_size=2, seed=0, order=order) == [[3, 2], [1, 0], [3, 2]]
 
 
 def test_an_order_is_replayed_exactly(dataset):
     assert drain(dataset, 4, batch_size=2, seed=0, order=np.array([3, 1, 1, 0])) == [[3, 1], [1, 0], [3, 1], [1, 0]]
 
 
-def test_a_stream_goes_on_where_its_state_says(dataset):
-    whole, part, resumed = (stream_of(dataset, 9, batch_size=2, seed=1) for _ in range(3))
-    expected = [next(whole) for _ in range(9)]
-    for _ in range(4):
-        next(part)
-    resumed.set_state(json.loads(json.dumps(part.get_state())))
-    for batch in expected[4:]:
-        for one, other in zip(batch, next(resumed), strict=True):
-            np.testing.assert_array_equal(one, other)
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-def test_visits_are_those_of_the_stream(dataset):
-    rows = batches.training_order(4, batch_size=3, num_batches=5, seed=1)
-    drawn = chain(*drain(dataset, 5, batch_size=3, seed=1))
-    np.testing.assert_array_equal(batches.count_visits(rows, 5, 4), np.bincount(list(drawn), minlength=4))
+@pytest.mark.parametrize("first", [0, 4, 8])
+def test_a_stream_begins_anywhere(uneven, first):
+    expected = list(stream_of(uneven, 9, batch_size=4, seed=1))
+    resumed = list(stream_of(uneven, 9, first, batch_size=4, seed=1))
+    assert len(resumed) == 9 - first
+    for one, other in zip(expected[first:], resumed, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("num_inner_steps", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_a_batch_out_and_together_have_it(uneven, count, num_inner_steps):
+    plan = batches.make_plan(uneven, batch_size=4 * num_inner_steps, num_batches=3, seed=1)
+
+    def read(process):
+        return batches.training_batches(uneven, plan, 1, num_inner_steps=num_inner_steps, process=process)
+
+    for whole, *parts in zip(read((0, 1)), *[read((index, count)) for index in range(count)], strict=True):
+        joined = np.concatenate([part.example_id for part in parts], axis=-1)
+        np.testing.assert_array_equal(joined, whole.example_id)
+        assert whole.example_id.shape == ((4,) if num_inner_steps == 1 else (2, 4))
+    with pytest.raises(ValueError, match="4 rows cannot be shared by 3"):
+        read((0, 3))
+
+
+@pytest.fixture
+def worker_flags():
+    """Grain's processes are told flags, which pytest does not parse."""
+    flags.FLAGS.mark_as_parsed()
+
+
+def test_worker_processes_change_nothing(uneven, worker_flags):
+    """Nor does their number when a run goes on: state is the number of the batch."""
+    expected = list(stream_of(uneven, 7, batch_size=4, seed=1))
+    for workers, first in ((2, 0), (3, 2)):
+        stream = stream_of(uneven, 7, first, batches.Reading(workers=workers, ahead=2), batch_size=4, seed=1)
+        for one, other in zip(expected[first:], stream, strict=True):
+            assert_same(one, other)
+
+
+def test_a_worker_that_dies_is_an_error_and_no_hang(uneven, worker_flags):
+    stream = stream_of(uneven, 2000, reading=batches.Reading(workers=1, ahead=2), batch_size=4, seed=1)
+    next(stream)
+    alarm = threading.Timer(60, os.kill, (os.getpid(), signal.SIGALRM))  # a hang would end the test run, loudly
+    alarm.start()
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        worker.kill()
+    with pytest.raises(RuntimeError, match="(?i)worker process"):
+        list(stream)
+    alarm.cancel()
+
+
+def test_visits_are_those_of_the_stream(uneven):
+    plan = batches.make_plan(uneven, batch_size=3, num_batches=70, seed=1)
+    drawn = chain(*drain(uneven, 70, batch_size=3, seed=1))
+    np.testing.assert_array_equal(batches.count_visits(plan, 60), np.bincount(list(drawn), minlength=60))
 
 
 def test_scoring_order_covers_every_row_once(dataset):
@@ -140,29 +224,26 @@ def test_scoring_order_covers_every_row_once(dataset):
     assert sorted(rows) == [0, 1, 2, 3]
 
 
-def test_outcome_targets_change_the_labels_and_not_the_text():
-    dataset = batches.encode_all(ROWS.meta, TOKENIZER, SPEC, context=200)
-    retargeted = batches.with_outcome_targets(dataset, TOKENIZER)
-    outcomes = set()
-    for example, before, after in zip(ROWS.meta, dataset.encoded, retargeted.encoded, strict=True):
-        target = TOKENIZER.plus_id if example.true_false else TOKENIZER.minus_id
-        assert np.all(after.labels == target)
-        np.testing.assert_array_equal(before.tokens, after.tokens)
-        outcomes.add(example.true_false)
-    assert outcomes == {True, False}
-
-
-def test_what_cannot_be_used_is_named(tmp_path):
-    row: Example = ROWS.train[5]
-    with pytest.raises(InputError, match="train row 5.* tokens"):
-        batches.encode_all([row], TOKENIZER, SPEC, context=10)
-    with pytest.raises(InputError, match='train row 5: "image"'):
-        batches.encode_all([row._replace(images=(b"no image",))], TOKENIZER, SPEC, context=200)
-    with pytest.raises(InputError, match="no rows"):
-        batches.encode_all([], TOKENIZER, SPEC, context=200)
+def test_an_order_that_cannot_be_used_is_named(tmp_path):
     order = tmp_path / "order.json"
     cases = {"[0, 9]": "entry 1: 9", "[true]": "entry 0: True", "{}": "JSON list", "[": "JSON list"}
+    cases["[0, 4]"] = "entry 1: 4 is not the number of a usable row"
     for content, message in cases.items():
         order.write_text(content)
         with pytest.raises(InputError, match=message):
-            batches.read_order(str(order), 9)
+            batches.read_order(str(order), np.array([0, 1, 2, 3, 5]))
+    order.write_text(json.dumps([5, 0, 5]))
+    np.testing.assert_array_equal(batches.read_order(str(order), np.array([0, 5])), [5, 0, 5])
+
+
+def test_reading_is_ahead(uneven, monkeypatch):
+    """While a step takes its time, the next batches are made."""
+    built = []
+    original = batches.collate
+    monkeypatch.setattr(batches, "collate", lambda *args: built.append(args) or original(*args))
+    stream = stream_of(uneven, 50, batch_size=4, seed=1)
+    next(stream)
+    deadline = time.monotonic() + 10
+    while len(built) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 4 <= len(built) < 20

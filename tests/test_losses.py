@@ -21,14 +21,24 @@ def reference_step_losses():
 def test_example_losses(reduce, reference):
     steps = reference_step_losses()
     expected = [reference(steps[0]), steps[1, 0]]
-    np.testing.assert_allclose(losses.example_losses(LOGITS, LABELS, MASK, reduce), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.example_losses(losses.label_log_probs(LOGITS, LABELS), MASK, reduce), expected, rtol=1e-5
+    )
 
 
 def test_masked_steps_get_no_gradient_even_where_their_logits_are_infinite():
     logits = LOGITS.at[1, 1].set(jnp.inf)
-    grad = jax.grad(lambda x: losses.example_losses(x, LABELS, MASK, "mean").sum())(LOGITS)
+    grad = jax.grad(lambda x: losses.example_losses(losses.label_log_probs(x, LABELS), MASK, "mean").sum())(LOGITS)
     np.testing.assert_array_equal(grad[1, 1:], 0.0)
-    assert np.all(np.isfinite(losses.example_losses(logits, LABELS, MASK, "mean")))
+    assert np.all(np.isfinite(losses.example_losses(losses.label_log_probs(logits, LABELS), MASK, "mean")))
+
+
+def test_soft_labels_are_the_expected_loss():
+    plus, minus = (losses.label_log_probs(LOGITS, jnp.full((2, 3), label)) for label in (1, 3))
+    soft = jnp.array([[0.25, 1.0, 0.0], [0.5, 0.0, 0.0]])
+    found = losses.soft_label_log_probs(LOGITS, soft, 1, 3)
+    np.testing.assert_allclose(found, soft * plus + (1 - soft) * minus, rtol=1e-5)
+    np.testing.assert_allclose(found[0, 1:], [plus[0, 1], minus[0, 2]], rtol=1e-6)
 
 
 def test_step_scores():

@@ -12,7 +12,6 @@ from configs import domain, net, score, table
 from dreamprm_jax import build, experiment, train
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import noisy_steps
-from dreamprm_jax.data.batches import training_batches
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 
@@ -194,7 +193,7 @@ def test_a_meta_batch_may_be_taken_in_parts():
     cfg = small_config()
     model = load_model(cfg.model, seed=0)
     meta = build.training_data(cfg, model).meta
-    batch = next(iter(training_batches(meta, build.rows_of(cfg, "meta", meta))))
+    batch = next(build.stream_of(cfg, "meta", meta)(0))
     found = []
     for size in (None, 2):
         cfg.meta_micro_batch_size = size

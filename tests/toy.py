@@ -46,7 +46,7 @@ def toy_problem(inner_tx: optax.GradientTransformation, weights: Weighting, seed
             "label_is_plus": 1.0 * (labels == 0),
             "hidden": hidden,
         }
-        return losses.example_losses(logits, labels, batch.step_mask, "mean"), outputs
+        return losses.example_losses(losses.label_log_probs(logits, labels), batch.step_mask, "mean"), outputs
 
     def meta_loss(params, batch):
         _, logits = forward(params, meta_x[batch.example_id])

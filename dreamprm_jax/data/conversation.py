@@ -68,7 +68,8 @@ def check_image_markers(turns: Sequence[Turn], num_images: int, place: str) -> N
     if markers and markers != num_images:
         raise InputError(
             f'{place}: "conversations" has {markers} {IMAGE_MARKER} marker(s) in human turns, but "image" '
-            f"names {num_images} image(s); write one marker for each, or none to have the images put first"
+            f"names {num_images} image(s); write one marker for each, or none to have the images put first",
+            kind="conversations",
         )
 
 

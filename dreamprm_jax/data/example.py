@@ -70,3 +70,4 @@ class Encoded(NamedTuple):
     step_positions: np.ndarray  # int32 [S]: its next token is the label
     labels: np.ndarray  # int32 [S]: token id of the label
     num_tiles: int  # P, over all images
+    soft_labels: np.ndarray | None = None  # float32 [S]

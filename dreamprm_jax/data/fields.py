@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dreamprm_jax.errors import InputError
 
 def field_error(place: str, field: str, problem: str) -> InputError:
     """The error for a field; `problem` goes on after its name ("is 3; it must be text")."""
-    return InputError(f'{place}: "{field}" {problem}')
+    return InputError(f'{place}: "{field}" {problem}', kind=re.split(r"\W", field)[0])
 
 
 def shown(value: Any) -> str:

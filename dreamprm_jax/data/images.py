@@ -125,10 +125,12 @@ def _opened(source: ImageSource, place: str) -> Iterator[Image.Image]:
             yield image
     except (bomb, Image.DecompressionBombError) as error:
         raise InputError(
-            f'{place}: "image" {name} is too large ({error}); the limit is {MAX_PIXELS} pixels: scale it down'
+            f'{place}: "image" {name} is too large ({error}); the limit is {MAX_PIXELS} pixels: scale it down',
+            kind="image",
         ) from error
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
         raise InputError(
             f'{place}: "image" {name} cannot be read as an image ({type(error).__name__}: {error}); '
-            f"replace it with a whole file ({', '.join(_FORMATS)}) or take the row out"
+            f"replace it with a whole file ({', '.join(_FORMATS)}) or take the row out",
+            kind="image",
         ) from error

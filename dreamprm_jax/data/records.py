@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from dreamprm_jax.data.bad_rows import RAISE, settle
 from dreamprm_jax.data.conversation import IMAGE_MARKER, check_image_markers
 from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, SYSTEM, Example, Turn
 from dreamprm_jax.data.fields import (
@@ -49,10 +50,10 @@ class FileRules(NamedTuple):
     labels_required: bool = True
 
 
-def read_examples(
+def read_rows(
     path: str | Path, image_root: str | Path | None, *, outcome_required: bool, labels_required: bool = True
-) -> list[Example]:
-    """Reads and checks a training, meta or test file.
+) -> list[Example | InputError]:
+    """Reads and checks a training, meta or test file, and gives each bad row's error in its place.
 
     Args:
       path: the file; its name as given begins `Example.place`.
@@ -65,23 +66,32 @@ def read_examples(
       The rows in the file's order; `row` is the position among the rows, from 0.
 
     Raises:
-      InputError: the file cannot be read, or a row is not as it must be. The message is the first bad row's,
-        and says how many more there are.
+      InputError: the file cannot be read, or has no rows; a JSON list that is damaged hides the rows behind the damage.
     """
     find = functools.cache(functools.partial(find_image, image_root=image_root))
     rules = FileRules(find, image_root, outcome_required, labels_required)
-    examples, errors = [], []
+    found: list[Example | InputError] = []
     for row, parsed in enumerate(_parse_rows(_read_text(Path(path)), str(path))):
         try:
-            examples.append(parse_example(parsed, row, f"{path} row {row}", rules))
+            found.append(parse_example(parsed, row, f"{path} row {row}", rules))
         except InputError as error:
-            errors.append(error)
-    if errors:
-        more = f" (and {len(errors) - 1} more bad rows)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{more}") from errors[0]
-    if not examples:
+            found.append(error)
+    if not found:
         raise InputError(f"{path}: no rows; give a JSON list of rows, or JSONL")
-    return examples
+    return found
+
+
+def read_examples(
+    path: str | Path, image_root: str | Path | None, *, outcome_required: bool, labels_required: bool = True
+) -> list[Example]:
+    """`read_rows`, for those who can use no file with a bad row.
+
+    Raises:
+      InputError: the first bad row's, with the number of others.
+    """
+    found = read_rows(path, image_root, outcome_required=outcome_required, labels_required=labels_required)
+    settle({row: error for row, error in enumerate(found) if isinstance(error, InputError)}, len(found), RAISE)
+    return found
 
 
 def find_image(value: str, *, image_root: str | Path | None) -> Path | None:
@@ -118,7 +128,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_rows(text: str, name: str) -> Iterator[Any]:
-    """The rows of a file as parsed JSON; one that cannot be parsed is given as its InputError."""
+    """The rows of a file as parsed JSON; a line that cannot be parsed is given as its InputError."""
     start = _skip_space(text, 0)
     return _parse_list(text, name) if text[start : start + 1] == "[" else _parse_lines(text, name)
 
@@ -135,7 +145,11 @@ def _parse_lines(text: str, name: str) -> Iterator[Any]:
 
 
 def _parse_list(text: str, name: str) -> Iterator[Any]:
-    """Row by row rather than at once, so that an error knows its row; the first error is the last row."""
+    """Row by row rather than at once, so that an error knows its row.
+
+    Raises:
+      InputError: damage, since nobody knows how many rows lie behind it.
+    """
     if _EMPTY_LIST.fullmatch(text):
         return
     decoder, position, row, mark = json.JSONDecoder(), _skip_space(text, 0), 0, "["
@@ -150,8 +164,7 @@ def _parse_list(text: str, name: str) -> Iterator[Any]:
                 raise json.JSONDecodeError('text after the last "]"', text, position + 1)
         except (ValueError, RecursionError) as error:
             line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-            yield _not_json(f"{name} row {row}{line}", error)
-            return
+            raise _not_json(f"{name} row {row}{line}", error) from error
         yield value
         row += 1
 
@@ -167,7 +180,8 @@ def _not_json(place: str, error: Exception) -> InputError:
         reason = f"{error.msg} at column {error.colno}"
     else:
         reason = str(error)
-    return InputError(f"{place}: not valid JSON ({reason}); correct it, or write the file again if it was cut")
+    advice = "correct it, or write the file again if it was cut"
+    return InputError(f"{place}: not valid JSON ({reason}); {advice}", kind="JSON")
 
 
 def parse_example(row: Any, index: int, place: str, rules: FileRules) -> Example:

@@ -17,6 +17,7 @@ from dreamprm_jax.data.conversation import (
     render,
 )
 from dreamprm_jax.data.example import MINUS, PLUS, Encoded, Example
+from dreamprm_jax.data.fields import field_error
 from dreamprm_jax.errors import InputError
 
 
@@ -103,7 +104,8 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
     except Exception as error:  # the library raises a bare Exception, for one where a word is not in a word list
         raise InputError(
             f'{example.place}: "conversations" has text that the tokenizer cannot take ({error}); '
-            "set model.tokenizer to the tokenizer of the checkpoint"
+            "set model.tokenizer to the tokenizer of the checkpoint",
+            kind="conversations",
         ) from error
     ids = np.array(encoding.ids, np.int32)
     images = np.flatnonzero(ids == tokenizer.image_context_id)
@@ -111,7 +113,8 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
         raise InputError(
             f'{example.place}: "conversations" has {len(images)} {IMAGE_CONTEXT} token(s) for '
             f"{rendered.num_image_markers} image(s) and {len(num_tiles)} tile count(s); "
-            f"take {IMAGE_CONTEXT} out of the text"
+            f"take {IMAGE_CONTEXT} out of the text",
+            kind="conversations",
         )
     labels = [_label_index(encoding, span, example.place) for span in rendered.label_spans]
     labels = np.array(labels, np.int32)
@@ -125,6 +128,7 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
         step_positions=(ends[labels] - 2).astype(np.int32),
         labels=ids[labels],
         num_tiles=int(sum(num_tiles)),
+        soft_labels=None if example.soft_labels is None else np.array(example.soft_labels, np.float32),
     )
 
 
@@ -132,7 +136,7 @@ def _label_index(encoding: Encoding, span: tuple[int, int], place: str) -> int:
     """Index of the token that is exactly the label at `span` (characters)."""
     index = encoding.char_to_token(span[0])
     if index is None or encoding.token_to_chars(index) != span:
-        raise InputError(f'{place}: "conversations" has a label that is not one token; write "+" or "-"')
+        raise field_error(place, "conversations", 'has a label that is not one token; write "+" or "-"')
     return index
 
 
@@ -146,5 +150,6 @@ def check_length(encoded: Encoded, context: int, place: str) -> None:
     if length > context:
         raise InputError(
             f'{place}: "conversations" gives {length} tokens, {int(encoded.image_mask.sum())} for images; '
-            f"the model's context is {context}: shorten the row or lower images.max_tiles"
+            f"the model's context is {context}: shorten the row, lower images.max_tiles or set images.tile_budget",
+            kind="length",
         )

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dreamprm_jax.data import batches, records, tokens
+from dreamprm_jax.data.dataset import ImageSpec, encode_all
 from dreamprm_jax.models import convert
 
 
@@ -26,21 +27,22 @@ def checkpoint(seed0_checkpoint, tmp_path_factory):
 def datasets(shared, checkpoint):
     """The recorded run's training and meta set."""
     tokenizer = tokens.load_tokenizer(shared / "tokenizer")
-    images = batches.ImageSpec(
+    images = ImageSpec(
         max_tiles=6, tile_size=checkpoint[0].vision.image_size, tokens_per_tile=checkpoint[0].image_tokens_per_tile
     )
     train, meta = (
-        batches.encode_all(
+        encode_all(
             records.read_examples(
                 str(shared / f"golden/{level}_rows.json"), shared / "mmmu/images", outcome_required=level == "meta"
             ),
             tokenizer,
             images,
             context=32_768,
+            outcome_targets=level == "meta",
         )
         for level in ("train", "meta")
     )
-    return train, batches.with_outcome_targets(meta, tokenizer)
+    return train, meta
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +51,7 @@ def peer_batch():
     from benchmarks import torch_peers  # needs torch
 
     def make(dataset, indices):
-        length = max(len(dataset.encoded[index].tokens) for index in indices)
+        length = max(dataset.num_tokens[index] for index in indices)
         batch = batches.collate(dataset, indices)
         return torch_peers.peer_batch(batch, dataset.images.tokens_per_tile, num_tokens=length)
 

@@ -1,0 +1,255 @@
+"""A checked data set: every row's lengths are known, and each can be had as tokens and tiles at any time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from dreamprm_jax.data import shapes
+from dreamprm_jax.data.bad_rows import RAISE, OnError, settle
+from dreamprm_jax.data.example import Encoded, Example
+from dreamprm_jax.data.fields import field_error
+from dreamprm_jax.data.images import count_tiles, image_size, open_image, tile_image
+from dreamprm_jax.data.tokens import PRMTokenizer, check_length, encode
+from dreamprm_jax.errors import InputError
+
+KEPT_BYTES = 256 * 2**20
+"""Data sets in memory whose tiles take no more than this are decoded once."""
+
+_CHUNK = 1024  # rows handed to the threads at once: what waits stays small however long the data set is
+
+
+class ImageSpec(NamedTuple):
+    """How images become tiles and tokens."""
+
+    max_tiles: int  # of an image, without the thumbnail
+    tile_size: int  # pixels
+    tokens_per_tile: int  # I
+    tile_budget: int | None = None  # of a row, thumbnails included; None: none
+
+    def max_tiles_of(self, example: Example) -> int:
+        """`max_tiles` of each of the row's images, which share the budget alike.
+
+        Raises:
+          InputError: more images than the budget has tiles.
+        """
+        if self.tile_budget is None or not example.images:
+            return self.max_tiles
+        share = self.tile_budget // len(example.images)
+        if not share:
+            raise InputError(
+                f'{example.place}: "image" names {len(example.images)} images, but images.tile_budget is '
+                f"{self.tile_budget}; raise it to one tile an image at least",
+                kind="image",
+            )
+        return max(1, min(self.max_tiles, share - 1))  # more than one tile come with a thumbnail
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Rows that can be used, their lengths, and the shapes that their batches are padded to.
+
+    Rows in memory keep their tokens, and their tiles where they are few (`KEPT_BYTES`); rows on disk are read,
+    tokenised and tiled again when a batch is built.
+    """
+
+    examples: Sequence[Example | InputError]  # [N] by row; those that are not in `rows` are not to be touched
+    tokenizer: PRMTokenizer
+    images: ImageSpec
+    rows: np.ndarray  # the usable ones, ascending
+    num_tokens: np.ndarray  # [N], 0 for a skipped row; so the two below
+    num_tiles: np.ndarray
+    num_labels: np.ndarray
+    ids: tuple[str | int | None, ...]  # [N] the file's own
+    domains: tuple[str | None, ...]  # [N]
+    skipped: dict[str, int]  # rows by kind
+    padded: shapes.Shapes
+    encoded: tuple[Encoded | None, ...] | None  # [N]; None: rows on disk
+    tiles: tuple[np.ndarray | None, ...] | None  # [N] each uint8 [P, height, width, 3]
+    soft_labels: bool = False  # batches carry them
+    outcome_targets: bool = False  # "+" is the target at every step of a right answer, "-" of a wrong one
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def max_steps(self) -> int:
+        """S of every batch: the longest chain."""
+        return int(self.num_labels.max())
+
+    @property
+    def shape_of(self) -> np.ndarray:
+        """Index into `padded.shapes` of each row's shape, [N]; meaningless for a skipped row."""
+        return shapes.assign(self.padded.shapes, self.num_tokens, self.num_tiles)
+
+    def load(self, row: int) -> tuple[Encoded, np.ndarray]:
+        """A row's tokens, and its tiles: uint8 [P, height, width, 3].
+
+        Raises:
+          InputError: an image that is not the one that was checked.
+        """
+        example = self.examples[row]
+        encoded = _encode(example, self.tokenizer, self.images) if self.encoded is None else self.encoded[row]
+        tiles = read_tiles(example, self.images) if self.tiles is None else self.tiles[row]
+        if len(tiles) != self.num_tiles[row]:
+            raise InputError(f'{example.place}: "image" changed on disk since the run began; start again')
+        if self.outcome_targets:
+            target = self.tokenizer.plus_id if example.true_false else self.tokenizer.minus_id
+            encoded = encoded._replace(labels=np.full_like(encoded.labels, target))
+        return encoded, tiles
+
+
+class _Wanted(NamedTuple):
+    """What rows are checked for: the arguments of `encode_all`."""
+
+    tokenizer: PRMTokenizer
+    images: ImageSpec
+    context: int
+    outcome_targets: bool
+    soft_labels: bool
+    in_memory: bool
+
+
+class _Checked(NamedTuple):
+    """What checking a row leaves; all empty for a row that is skipped."""
+
+    num_tokens: int = 0
+    num_tiles: int = 0
+    num_labels: int = 0
+    id: str | int | None = None
+    domain: str | None = None
+    encoded: Encoded | None = None  # of rows in memory
+
+
+def encode_all(
+    examples: Sequence[Example | InputError],
+    tokenizer: PRMTokenizer,
+    images: ImageSpec,
+    context: int,
+    *,
+    outcome_targets: bool = False,
+    soft_labels: bool = False,
+    on_error: OnError = RAISE,
+    max_shapes: int = 1,
+) -> Dataset:
+    """Reads, tokenises and checks every row.
+
+    Args:
+      examples: the rows, from `records` or a generator, with the error of each one that could not be read; or a
+        prepared data set, which is read again whenever a row is needed. Images of rows in memory are decoded here, so
+        that a broken one is found; those of a prepared set were, when it was written.
+      tokenizer: the model's.
+      images: tiling.
+      context: the model's longest sequence, in tokens.
+      outcome_targets: the meta set's reading of a chain: "+" is the target at every step of a right answer, "-" of a
+        wrong one, so every row needs "true_false". The text, and with it the labels that the model sees as history,
+        stays as it is (published code).
+      soft_labels: whether batches are to carry them; every row then needs them.
+      on_error: what to do about rows that cannot be used: not read, too long, an image that cannot be decoded.
+      max_shapes: that batches may have.
+
+    Raises:
+      InputError: no rows; or the first bad row, as `on_error` says.
+    """
+    if not len(examples):
+        raise InputError("the data set has no rows: give a file with at least one")
+    in_memory = isinstance(examples, list | tuple)
+    wanted = _Wanted(tokenizer, images, context, outcome_targets, soft_labels, in_memory)
+    with ThreadPoolExecutor() as pool:  # PIL and tokenizers both release the interpreter lock
+        checked = list(_by_row(pool, lambda row: _check(examples, row, wanted), len(examples)))
+        errors = {row: found for row, found in enumerate(checked) if isinstance(found, InputError)}
+        skipped = settle(errors, len(examples), on_error)
+        facts = [_Checked() if row in errors else found for row, found in enumerate(checked)]
+        tiles = _kept_tiles(pool, examples, facts, images) if in_memory else None
+    rows = np.array([row for row in range(len(examples)) if row not in errors])
+    num_tokens, num_tiles, num_labels = np.array([found[:3] for found in facts], np.int32).T
+    return Dataset(
+        examples=tuple(examples) if in_memory else examples,
+        tokenizer=tokenizer,
+        images=images,
+        rows=rows,
+        num_tokens=num_tokens,
+        num_tiles=num_tiles,
+        num_labels=num_labels,
+        ids=tuple(found.id for found in facts),
+        domains=tuple(found.domain for found in facts),
+        skipped=skipped,
+        padded=shapes.choose(num_tokens[rows], num_tiles[rows], max_shapes),
+        encoded=tuple(found.encoded for found in facts) if in_memory else None,
+        tiles=tiles,
+        soft_labels=soft_labels,
+        outcome_targets=outcome_targets,
+    )
+
+
+def _check(examples: Sequence[Example | InputError], row: int, wanted: _Wanted) -> _Checked | InputError:
+    """The row's lengths, or what is wrong with it."""
+    try:
+        example = examples[row]
+        if isinstance(example, InputError):
+            return example
+        if wanted.outcome_targets and example.true_false is None:
+            raise field_error(example.place, "true_false", "is missing; a meta row needs true or false")
+        if wanted.soft_labels:
+            _check_soft_labels(example)
+        if wanted.in_memory:
+            for source in example.images:
+                open_image(source, example.place)
+        encoded = _encode(example, wanted.tokenizer, wanted.images)
+        check_length(encoded, wanted.context, example.place)
+    except InputError as error:
+        return error
+    lengths = (len(encoded.tokens), encoded.num_tiles, len(encoded.labels))
+    return _Checked(*lengths, example.id, example.dataset, encoded if wanted.in_memory else None)
+
+
+def _by_row(pool: ThreadPoolExecutor, check: Callable[[int], object], num_rows: int) -> Iterator[object]:
+    for start in range(0, num_rows, _CHUNK):
+        yield from pool.map(check, range(start, min(start + _CHUNK, num_rows)))
+
+
+def _check_soft_labels(example: Example) -> None:
+    if example.soft_labels is None or len(example.soft_labels) != example.num_steps:
+        found = 0 if example.soft_labels is None else len(example.soft_labels)
+        raise InputError(
+            f'{example.place}: "soft_labels" has {found} values for {example.num_steps} steps; prepare the data with '
+            "soft labels, or leave out --config.soft_labels",
+            kind="soft_labels",
+        )
+
+
+def _encode(example: Example, tokenizer: PRMTokenizer, images: ImageSpec) -> Encoded:
+    sizes = [image_size(source, example.place) for source in example.images]
+    count = partial(count_tiles, max_tiles=images.max_tiles_of(example), tile_size=images.tile_size)
+    return encode(tokenizer, example, [count(*size) for size in sizes], images.tokens_per_tile)
+
+
+def _kept_tiles(
+    pool: ThreadPoolExecutor, examples: Sequence[Example | InputError], facts: Sequence[_Checked], images: ImageSpec
+) -> tuple[np.ndarray | None, ...] | None:
+    """The tiles of all rows, None for those that are skipped; None where they take more than `KEPT_BYTES`."""
+    if sum(found.num_tiles for found in facts) * images.tile_size**2 * 3 > KEPT_BYTES:
+        return None
+    read = lambda example, found: read_tiles(example, images) if found.encoded else None  # noqa: E731
+    return tuple(pool.map(read, examples, facts))
+
+
+def read_tiles(example: Example, images: ImageSpec) -> np.ndarray:
+    """All tiles of the row's images, image by image: uint8 [P, height, width, 3]."""
+    size, max_tiles = images.tile_size, images.max_tiles_of(example)
+    parts = [
+        tile_image(open_image(source, example.place), max_tiles=max_tiles, tile_size=size) for source in example.images
+    ]
+    return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *parts])
+
+
+def with_shapes(datasets: Sequence[Dataset], max_shapes: int) -> list[Dataset]:
+    """The data sets that feed one program, with `max_shapes` padded shapes in all."""
+    lengths = [(dataset.num_tokens[dataset.rows], dataset.num_tiles[dataset.rows]) for dataset in datasets]
+    chosen = shapes.choose_together(lengths, max_shapes)
+    return [dataclasses.replace(dataset, padded=padded) for dataset, padded in zip(datasets, chosen, strict=True)]
