@@ -51,6 +51,7 @@ def byte_tokenizer() -> tokens.PRMTokenizer:
         tokenizers.models.BPE(vocab={char: number for number, char in enumerate(sorted(alphabet))}, merges=[])
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
     return tokens.wrap(tokenizer)
 

@@ -21,7 +21,7 @@ from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.types import Batch
 
-WINDOW = 64
+WINDOW = 256
 """Batches among which rows of one shape are brought together."""
 
 
