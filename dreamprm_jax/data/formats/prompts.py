@@ -29,5 +29,6 @@ DREAMPRM_SYSTEM = _BEFORE_RULES + _RULES
 VISUALPRM_FIRST_STEP = "### Question:\n{question}\n\n### Solution Process:\n{step}"
 """VisualPRM-400K: question and first step in one turn; later steps are turns of their own."""
 
-DREAMPRM_QUESTION = "### Question:\n{question}"
-"""DreamPRM-1.5's meta set: the question in a turn of its own."""
+DREAMPRM_QUESTION = "### Question:\nQuestion: {question}"
+DREAMPRM_CHOICES = "\n\nOptions: {options}"
+"""DreamPRM-1.5's meta set: the question in a turn of its own, and its choices behind it, `(A) ... (B) ...`."""

@@ -14,9 +14,8 @@ has of it.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -97,7 +96,16 @@ def image_name(name: str) -> str:
 
 
 def _mapped(find_image: Callable[[str], Path | None]) -> Callable[[str], Path | None]:
-    return lambda name: find_image(image_name(name))
+    return lambda name: find_image(image_name(name)) or find_image(f"images/{name}")
+
+
+def conversation(question: str, steps: Sequence[str], labels: Sequence[str]) -> tuple[Turn, ...]:
+    """The turns of the published conversation form: question and first step in one of them, later steps bare."""
+    first = VISUALPRM_FIRST_STEP.format(question=question, step=steps[0])
+    turns = [Turn(SYSTEM, VISUALPRM_SYSTEM)]
+    for text, label in zip((first, *steps[1:]), labels, strict=True):
+        turns += [Turn(HUMAN, text), Turn(GPT, label)]
+    return tuple(turns)
 
 
 def _parse_raw(row: dict, index: int, place: str, rules: Rules) -> Example:
@@ -111,15 +119,13 @@ def _parse_raw(row: dict, index: int, place: str, rules: Rules) -> Example:
     if not isinstance(items, list) or not items:
         raise field_error(place, "steps_with_score", f"is {shown(items)}; it must be a list of steps, and not empty")
     steps = [_step(item, place, f"steps_with_score[{number}]") for number, item in enumerate(items)]
-    turns = [Turn(SYSTEM, VISUALPRM_SYSTEM)]
-    for number, (text, score) in enumerate(steps):
-        text = text if number else VISUALPRM_FIRST_STEP.format(question=question, step=text)
-        turns += [Turn(HUMAN, text), Turn(GPT, PLUS if score > rules.labels.threshold else MINUS)]
+    labels = [PLUS if score > rules.labels.threshold else MINUS for _, score in steps]
+    turns = conversation(question, [text for text, _ in steps], labels)
     check_image_markers(turns, len(images), place)
     return Example(
         row=index,
         id=NO_ID,
-        turns=tuple(turns),
+        turns=turns,
         images=images,
         dataset=optional_text(row, "dataset", place) or rules.dataset,
         soft_labels=tuple(score for _, score in steps) if rules.labels.soft else None,
@@ -133,13 +139,10 @@ def _step(item: Any, place: str, field: str) -> tuple[str, float]:
         raise field_error(place, field, f'is {shown(item)}; a step is an object with "step" and "score"')
     text = check_turn_text(item.get("step"), place, f"{field}.step")
     score = item.get("score")
-    if not _is_number(score) or not 0 <= score <= 1:
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not is_number or not 0 <= score <= 1:  # no NaN either
         raise field_error(place, f"{field}.score", f"is {shown(score)}; it must be a number from 0 to 1")
     return text, _exact_score(item, float(score), place, field)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _exact_score(item: dict, score: float, place: str, field: str) -> float:
