@@ -143,7 +143,7 @@ def test_recorded_answers(shared, name):
 
     - "direct": 130 of 149 differences are a line such as "D. 14.8 A" or "C. B", of which it takes the last capital
       before a space; the others are "(A)" in the reasoning before the choice, and letters drawn at random.
-    - "vision_direct": 205 of 208 are refusals ("I'm unable to ..."), recorded as the pronoun I (10 options) or at random.
+    - "vision_direct": 205 of 208 are refusals ("I'm unable to ..."), recorded as the pronoun I, or at random.
     - "cot": "Answer: A. (D)", "Answer: B (Reduce A)", "**Answer**: H" after other letters; answers that no option has
       ("Answer: J" of nine).
     """
