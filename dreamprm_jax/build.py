@@ -134,7 +134,7 @@ def plan_of(cfg: Any, stream: str, dataset: Dataset) -> batches.Plan:
         batch_size=batch_size,
         num_batches=num_batches,
         seed=len(sizes) * cfg.seed + list(sizes).index(stream),
-        order=None if path is None else batches.read_order(path, dataset.rows),
+        order=None if path is None else batches.read_order(path, dataset),
     )
 
 

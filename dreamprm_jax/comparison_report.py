@@ -229,7 +229,7 @@ def source_curves(workdirs: Sequence[Path]) -> dict[str, plots.Curve]:
     of_seeds = []
     for workdir in workdirs:
         lines = read_json_lines(workdir / "instance_weights.jsonl")
-        groups = [group_name(line["dataset"], line["corrupted"]) for line in lines]
+        groups = {line["example_id"]: group_name(line["dataset"], line["corrupted"]) for line in lines}
         of_seeds.append(plots.weight_curves(read_metrics(workdir), groups))
     shared = [name for name in of_seeds[0] if all(name in curves for curves in of_seeds)]
     return {name: plots.mean_curve([curves[name] for curves in of_seeds]) for name in shared}

@@ -40,6 +40,8 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     if summary_path.is_file():
         print(f"{workdir} is finished; its summary:")
         return json.loads(summary_path.read_text(encoding="utf-8"))
+    for name in ("train", "meta") if cfg.num_steps else ("cold_start",):
+        print(f"{name}: {getattr(data, name).describe()}", file=sys.stderr)
     save_model_card(workdir, model.config, model.tokenizer)
     num_remembered = len(data.train) if cfg.weighting.name == "net" else 0
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params, num_remembered)

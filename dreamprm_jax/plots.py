@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def weight_histogram(groups: dict[str, list[float]]) -> Figure:
     return figure
 
 
-def weight_curves(rows: Sequence[dict], groups: Sequence[str]) -> dict[str, Curve]:
+def weight_curves(rows: Sequence[dict], groups: Mapping[int, str]) -> dict[str, Curve]:
     """The mean weight that each group of training rows was given, over the run.
 
     Args:
@@ -77,7 +77,7 @@ def weight_curves(rows: Sequence[dict], groups: Sequence[str]) -> dict[str, Curv
       groups: the group of each training row, by its example id.
     """
     rows = [row for row in rows if "instance_weights" in row]
-    names = sorted(set(groups))
+    names = sorted(set(groups.values()))
     number = {name: position for position, name in enumerate(names)}
     steps, means = [], []
     for window in _windows(len(rows)):

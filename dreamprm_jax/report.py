@@ -107,7 +107,8 @@ def write_report(
         tables.append(page.Table("Learned weights", ("rows", "number", "mean", "standard deviation"), lines))
         shown.append(_plot("weights", "Learned instance weights.", plots.weight_histogram(groups)))
     if any("instance_weights" in row for row in rows):
-        names = [group_name(domain, row.get("corrupted")) for row, domain in zip(weights, domains, strict=True)]
+        named = zip(weights, domains, strict=True)
+        names = {row["example_id"]: group_name(domain, row.get("corrupted")) for row, domain in named}
         panels = {"mean weight of the rows drawn": plots.weight_curves(rows, names)}
         figure = plots.curve_panels(panels, "step", "weight")
         shown.append(_plot("weights_by_source", "Instance weights by source over the training.", figure))

@@ -186,6 +186,9 @@ def finish(
         "hypergradient": estimator,
         "num_steps": cfg.num_steps,
     }
+    skipped = {name: found.skipped for name, found in (("train", data.train), ("meta", data.meta)) if found is not None}
+    if any(skipped.values()):
+        summary["skipped_rows"] = skipped
     weights, scored, extremes = [], [], ((), ())
     if cfg.num_steps or data.test is not None:
         weights = instance_weights(cfg, model, data, weighting, snapshot.state)

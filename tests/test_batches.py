@@ -15,6 +15,7 @@ from absl import flags
 from PIL import Image
 
 from dreamprm_jax.data import batches, noisy_steps
+from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.dataset import ImageSpec, encode_all
 from dreamprm_jax.data.tokens import wrap
 from dreamprm_jax.errors import InputError
@@ -226,15 +227,17 @@ def test_scoring_order_covers_every_row_once(dataset):
 
 
 def test_an_order_that_cannot_be_used_is_named(tmp_path):
+    rows = [*ROWS.train[:4], InputError("x.json row 4: bad"), ROWS.train[5]]
+    dataset = encode(rows, on_error=OnError("skip", 0.5))
     order = tmp_path / "order.json"
-    cases = {"[0, 9]": "entry 1: 9", "[true]": "entry 0: True", "{}": "JSON list", "[": "JSON list"}
-    cases["[0, 4]"] = "entry 1: 4 is not the number of a usable row"
+    cases = {"[0, 9]": "entry 1: 9 is not a row number from 0 to 5", "[true]": "entry 0: True", "{}": "JSON list"}
+    cases |= {"[": "JSON list", "[0, 4]": "entry 1: row 4 is skipped as a bad row"}
     for content, message in cases.items():
         order.write_text(content)
         with pytest.raises(InputError, match=message):
-            batches.read_order(str(order), np.array([0, 1, 2, 3, 5]))
+            batches.read_order(str(order), dataset)
     order.write_text(json.dumps([5, 0, 5]))
-    np.testing.assert_array_equal(batches.read_order(str(order), np.array([0, 5])), [5, 0, 5])
+    np.testing.assert_array_equal(batches.read_order(str(order), dataset), [5, 0, 5])
 
 
 def test_reading_is_ahead(uneven, monkeypatch):

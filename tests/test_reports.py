@@ -44,7 +44,7 @@ def test_weight_curves_are_means_over_the_rows_drawn():
         {"step": step, "example_ids": ids, "instance_weights": weights}
         for step, ids, weights in ((1, [0, 1], [1.0, 3.0]), (2, [0, 0], [2.0, 4.0]), (3, [2, 1], [5.0, 7.0]))
     ]
-    found = plots.weight_curves(rows, ["a", "b", "b", "c"])
+    found = plots.weight_curves(rows, dict(enumerate("abbc")))
     np.testing.assert_array_equal(found["a"].x, [1, 2, 3])
     np.testing.assert_array_equal(found["a"].y, [1.0, 3.0, np.nan])
     np.testing.assert_array_equal(found["b"].y, [3.0, np.nan, 6.0])

@@ -1,5 +1,6 @@
 """The command line: a user's mistake is one `error:` line with the place, and exit status 2."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from configs import base, score
 from dreamprm_jax import scoring
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.experiment import run_training
 from dreamprm_jax.models import convert, internvl, presets
 from dreamprm_jax.scoring import run_scoring
 
@@ -196,6 +198,35 @@ def test_a_bad_row_stops_before_anything_is_written(checkpoint, tmp_path, rows, 
     assert not (tmp_path / "work").exists()
 
 
+def test_bad_rows_can_be_skipped_and_the_others_keep_their_numbers(checkpoint, tmp_path, rows):
+    whole = scores_of(checkpoint, tmp_path, rows)
+    rows[1]["image"] = "b.png"
+    cfg = score_config(checkpoint, tmp_path, rows)
+    cfg.data.on_error, cfg.data.max_bad_share = "skip", 0.4
+    run_scoring(cfg, tmp_path / "work")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines == [whole[0], whole[2]]
+
+
+@pytest.mark.parametrize("weights", ["table", "net", "domain"])
+def test_a_run_on_files_goes_on_without_its_bad_rows(checkpoint, tmp_path, rows, weights):
+    rows = [{**row, "dataset": "ab"[row["id"] % 2], "true_false": row["id"] == 0} for row in rows]
+    bad = {**rows[1], "id": 7, "conversations": []}
+    (tmp_path / "train.json").write_text(json.dumps([rows[0], bad, rows[1]]))
+    (tmp_path / "meta.json").write_text(json.dumps(rows))
+    cfg = importlib.import_module(f"configs.{weights}").get_config("corrected")
+    cfg.data.source, cfg.data.on_error, cfg.data.max_bad_share = "files", "skip", 0.4
+    cfg.model.checkpoint, cfg.pretrain.num_steps, cfg.cold_start.num_steps = str(checkpoint), 0, 0
+    cfg.train.path, cfg.meta.path = str(tmp_path / "train.json"), str(tmp_path / "meta.json")
+    cfg.num_steps, cfg.num_inner_steps, cfg.batch_size, cfg.meta_batch_size = 3, 1, 2, 3
+    summary = run_training(cfg, tmp_path / "work")
+    assert summary["skipped_rows"] == {"train": {"conversations": 1}, "meta": {}}
+    lines = [json.loads(line) for line in (tmp_path / "work/instance_weights.jsonl").read_text().splitlines()]
+    assert [(line["example_id"], line["id"], line["visits"]) for line in lines] == [(0, 0, 3), (2, 1, 3)]
+    drawn = [json.loads(line)["example_ids"] for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()]
+    assert all(sorted(rows) == [0, 2] for rows in drawn)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -243,8 +274,6 @@ def test_a_row_error_reaches_the_command_line(checkpoint, tmp_path, rows):
 
 
 def test_every_config_builds_and_passes_its_own_checks():
-    import importlib
-
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.stem in ("__init__", "base"):
             continue

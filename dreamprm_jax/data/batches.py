@@ -72,15 +72,15 @@ def collate(dataset: Dataset, rows: Sequence[int], batch_size: int | None = None
     )
 
 
-def read_order(path: str, rows: np.ndarray) -> np.ndarray:
+def read_order(path: str, dataset: Dataset) -> np.ndarray:
     """A JSON list of row numbers, to be replayed exactly.
 
     Args:
       path: the file.
-      rows: those that can be used.
+      dataset: whose rows they are.
 
     Raises:
-      InputError: not a list of such rows.
+      InputError: not a list of usable rows.
     """
     try:
         order = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -88,12 +88,12 @@ def read_order(path: str, rows: np.ndarray) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as a JSON list of row numbers ({error})") from error
     if not isinstance(order, list) or not order:
         raise InputError(f"{path}: must be a JSON list of row numbers, with at least one")
-    usable = set(rows.tolist())
+    usable = set(dataset.rows.tolist())
     for position, row in enumerate(order):
-        if type(row) is not int or row not in usable:
-            raise InputError(
-                f"{path} entry {position}: {row!r} is not the number of a usable row, {min(usable)} to {max(usable)}"
-            )
+        if type(row) is not int or not 0 <= row < len(dataset):
+            raise InputError(f"{path} entry {position}: {row!r} is not a row number from 0 to {len(dataset) - 1}")
+        if row not in usable:
+            raise InputError(f"{path} entry {position}: row {row} is skipped as a bad row; take it out")
     return np.asarray(order, np.int32)
 
 

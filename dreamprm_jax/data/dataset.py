@@ -87,6 +87,15 @@ class Dataset:
         """Index into `padded.shapes` of each row's shape, [N]; meaningless for a skipped row."""
         return shapes.assign(self.padded.shapes, self.num_tokens, self.num_tiles)
 
+    def describe(self) -> str:
+        """Rows, shapes and padding, for the log."""
+        skipped = f", {sum(self.skipped.values())} skipped" if self.skipped else ""
+        return (
+            f"{len(self.rows)} rows{skipped}, {self.num_tokens[self.rows].mean():.0f} tokens and "
+            f"{self.num_tiles[self.rows].mean():.1f} tiles each, {len(self.padded.shapes)} padded shape(s): "
+            f"{self.padded.padding:.1%} of the tokens are padding, {self.padded.tile_padding:.1%} of the tiles"
+        )
+
     def load(self, row: int) -> tuple[Encoded, np.ndarray]:
         """A row's tokens, and its tiles: uint8 [P, height, width, 3].
 
