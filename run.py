@@ -115,6 +115,36 @@ def log_machine(cfg) -> None:
         )
 
 
+def prepare_task():
+    """What runs on CPU cores alone, in many processes: jax stays unloaded."""
+    from dreamprm_jax.prepare import run_prepare
+
+    return run_prepare
+
+
+def device_task(cfg):
+    """What runs `config.task`, the devices set up."""
+    import jax  # after parsing: a wrong flag answers at once
+
+    if cfg.model.matmul_precision == "highest":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dreamprm_jax"))
+    log_machine(cfg)
+    if cfg.task == "score":
+        from dreamprm_jax.scoring import run_scoring
+
+        return run_scoring
+    if cfg.task == "compare":
+        from configs.compare import part_configs
+        from dreamprm_jax.compare import run_comparison
+
+        given = config_flags.get_override_values(flags.FLAGS["config"])
+        return partial(run_comparison, configs=part_configs(cfg, given))
+    from dreamprm_jax.experiment import run_training
+
+    return run_training
+
+
 def main(argv: list[str]) -> int:
     """Parses, dispatches on `config.task`, turns a user's mistake into exit status 2."""
     if {"--help", "-h", "-help"} & set(argv):
@@ -122,28 +152,13 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         cfg, workdir = parse(argv)
-        import jax  # after parsing: a wrong flag answers at once
-
-        if cfg.model.matmul_precision == "highest":
-            jax.config.update("jax_default_matmul_precision", "highest")
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dreamprm_jax"))
-        log_machine(cfg)
-        if cfg.task == "score":
-            from dreamprm_jax.scoring import run_scoring as run_task
-        elif cfg.task == "compare":
-            from configs.compare import part_configs
-            from dreamprm_jax.compare import run_comparison
-
-            given = config_flags.get_override_values(flags.FLAGS["config"])
-            run_task = partial(run_comparison, configs=part_configs(cfg, given))
-        else:
-            from dreamprm_jax.experiment import run_training as run_task
+        run_task = prepare_task() if cfg.task == "prepare" else device_task(cfg)
         summary = run_task(cfg, workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes a training run", file=sys.stderr)
+        print("interrupted; the same command resumes a training run or a preparation", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell has it
     print(json.dumps(summary, indent=2))
     return 0

@@ -15,7 +15,7 @@ from dreamprm_jax.types import SUPERVISED
 def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
     cfg = config_dict.ConfigDict()
-    cfg.task = "train"  # train | score | compare
+    cfg.task = "train"  # train | score | compare | prepare
     cfg.recipe = "corrected"  # which reading of the method the values follow: published | paper | corrected
     cfg.seed = 0  # data order, embedded benchmark and fresh parameters
 
@@ -147,9 +147,34 @@ def get_config() -> config_dict.ConfigDict:
     # What is varied besides: none | corruption (of the training rows) | meta_size (questions): dreamprm_jax/sweeps.py
     cfg.compare.sweep = "none"
     cfg.compare.sweep_methods = ("uniform", "table", "net")  # in place of `methods` where something is varied
+
+    cfg.prepare = config_dict.ConfigDict()  # task=prepare: raw files -> OUTPUT/BUILDER/VERSION
+    cfg.prepare.builder = config_dict.placeholder(str)  # the config's argument: one of BUILDERS
+    # Raw files, one or a directory of them: .jsonl, .json (a list), either with .gz, .parquet. mmmu_pro: its questions
+    cfg.prepare.source = config_dict.placeholder(str)
+    cfg.prepare.images = config_dict.placeholder(str)  # image root; None: the source, or the directory that it is in
+    # mmmu_pro (needed), mmmu: candidate responses, {"id", "response", "true_false"?}; a file or a directory
+    cfg.prepare.responses = config_dict.placeholder(str)
+    # Questions that must not come in (the test set's): a raw file, a directory, or a prepared set of questions. Rows
+    # are left out by the question's id, by its text, and by its images' pixels
+    cfg.prepare.exclude = config_dict.placeholder(str)
+    cfg.prepare.output = config_dict.placeholder(str)  # None: the workdir
+    cfg.prepare.sample = config_dict.placeholder(int)  # rows taken, by `seed`; None: all
+    # What a sample has equal shares of, as far as there are rows: none | source (the domain) | outcome (is the answer
+    # right; without one, are all steps) | source_outcome
+    cfg.prepare.balance = "none"
+    cfg.prepare.threshold = 0.0  # visualprm400k: a step is "+" above this share of right rollouts, in [0, 1)
+    cfg.prepare.soft_labels = True  # visualprm400k: also keep the share itself
+    cfg.prepare.splitter = "whole_numbers"  # mmmu_pro, a response's steps: whole_numbers | published
+    cfg.prepare.on_error = "skip"  # a row that cannot be used: skip (counted, in dropped.jsonl) | raise
+    cfg.prepare.max_bad_share = (
+        0.01  # of the rows read, and of those whose images are looked at, in [0, 1]; more: error
+    )
+    cfg.prepare.processes = 0  # side by side; 0: as many as cores
     return cfg
 
 
+BUILDERS = ("visualprm400k", "mmmu_pro", "mmmu", "visualprocessbench")
 COMPARED = ("uniform", "domain", "table", "net", "table_identity", "net_identity", "clean")
 
 
@@ -281,7 +306,7 @@ ACTIVATIONS = {
 }
 
 CHECKS = {
-    "task": _one_of("train", "score", "compare"),
+    "task": _one_of("train", "score", "compare", "prepare"),
     "seed": _at_least(0),
     "data.source": _one_of("files", "embedded"),
     "data.on_error": _one_of("raise", "skip"),
@@ -345,6 +370,14 @@ CHECKS = {
     "compare.jobs": _at_least(0),
     "compare.sweep": _one_of("none", "corruption", "meta_size"),
     "compare.sweep_methods": _some_of(COMPARED),
+    "prepare.builder": ((lambda value: value is None or value in BUILDERS), "one of " + ", ".join(BUILDERS)),
+    "prepare.sample": _at_least(1),
+    "prepare.balance": _one_of("none", "source", "outcome", "source_outcome"),
+    "prepare.threshold": ((lambda value: 0 <= value < 1), "at least 0 and below 1"),
+    "prepare.splitter": _one_of("whole_numbers", "published"),
+    "prepare.on_error": _one_of("skip", "raise"),
+    "prepare.max_bad_share": ((lambda value: 0 <= value <= 1), "from 0 to 1"),
+    "prepare.processes": _at_least(0),
 }
 
 
@@ -364,6 +397,11 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         raise ValueError(
             "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
             "nothing to train"
+        )
+    if cfg.prepare.balance != "none" and cfg.prepare.sample is None:
+        raise ValueError(
+            f"--config.prepare.balance={cfg.prepare.balance}: where all rows are taken there is nothing to balance; "
+            "set --config.prepare.sample"
         )
     if cfg.meta_micro_batch_size and cfg.meta_batch_size % cfg.meta_micro_batch_size:
         raise ValueError(

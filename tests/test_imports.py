@@ -23,7 +23,7 @@ ORDER = [
     {"hypergradient"},
     {"check"},
     {"bilevel"},
-    {"metrics"},
+    {"metrics", "prepare"},
     {"checkpoint"},
     {"build", "steps", "train"},
     {"scoring"},

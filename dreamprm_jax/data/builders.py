@@ -1,0 +1,248 @@
+"""The public data sets by name: what reads their rows, and what a row is drawn and left out by."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreamprm_jax.data import raw
+from dreamprm_jax.data.example import GPT, HUMAN, MINUS, Example, ImageSource, Question
+from dreamprm_jax.data.formats import mmmu, visualprm, visualprocessbench
+from dreamprm_jax.data.formats.rules import LabelRule, Rules, content_id, rules_for
+from dreamprm_jax.data.prepared import PreparedQuestions, is_prepared
+from dreamprm_jax.errors import InputError
+
+QUESTION_BUILDERS = ("mmmu",)
+"""Builders of questions; the other ones' rows are chains."""
+
+Row = Example | Question
+Parse = Callable[[Any, int, str], Row]
+
+_QUESTION = re.compile(r"### Question:\n(.*?)(?:\n\n### Solution Process:\n.*)?", re.DOTALL)
+_ANCHOR = 40  # characters by which a long question is found inside another text; a shorter one must be all of it
+
+
+class Source(NamedTuple):
+    """What the rows of a set are read from, and how; text and numbers, so that it can be kept and compared."""
+
+    builder: str  # visualprm400k | mmmu_pro | mmmu | visualprocessbench
+    source: str  # raw files: one, or a directory of them; mmmu_pro: its questions
+    images: str | None = None  # image root; None: `source`, or the directory it is in
+    responses: str | None = None  # mmmu_pro, mmmu: candidate responses, a file or a directory
+    threshold: float = 0.0  # visualprm400k: a step is "+" above this share of right rollouts
+    soft_labels: bool = True  # visualprm400k: also keep that share
+    splitter: str = "whole_numbers"  # mmmu_pro: how a response becomes steps
+
+
+def row_files(source: Source) -> dict[str, Path]:
+    """The files whose rows become the rows of the set, by name.
+
+    Raises:
+      InputError: there are none.
+    """
+    if source.builder != "mmmu_pro":
+        return raw.find_files(source.source)
+    if source.responses is None:
+        raise InputError("--config.prepare.responses is missing: mmmu_pro joins candidate responses to its questions")
+    return raw.find_files(source.responses)
+
+
+def parser(source: Source, file: str, unpacked: Path) -> Parse:
+    """What reads the rows of one file.
+
+    Args:
+      source: of the set.
+      file: its name in `row_files`.
+      unpacked: directory for the images that mmmu_pro's questions hold, so that they are not kept in memory.
+
+    Returns:
+      (row as parsed, number, place) -> Example or Question; raises InputError for a row that is not as it must be.
+    """
+    rules = _rules(source)
+    if source.builder == "visualprm400k":
+        return functools.partial(visualprm.parse, rules=rules._replace(dataset=visualprm.domain(file)))
+    if source.builder == "visualprocessbench":
+        return functools.partial(visualprocessbench.parse, rules=rules)
+    if source.builder == "mmmu_pro":
+        return functools.partial(_parse_response, questions=_questions(source, unpacked), rules=rules)
+    return functools.partial(_parse_with_candidates, source=source, rules=rules)
+
+
+def _rules(source: Source) -> Rules:
+    path = Path(source.source)
+    root = source.images or str(path if path.is_dir() else path.parent)
+    return rules_for(root, labels=LabelRule(source.threshold, source.soft_labels), splitter=source.splitter)
+
+
+# --- Questions and the responses to them.
+
+
+def read_questions(path: str, images: str | None) -> Iterator[Question]:
+    """All questions of a prepared set, a raw file, or a directory of those.
+
+    Raises:
+      InputError: a row that is not as it must be.
+    """
+    for _, question in _questions_by_id(path, images):
+        if isinstance(question, InputError):
+            raise question
+        yield question
+
+
+def _questions_by_id(path: str, images: str | None) -> Iterator[tuple[str, Question | InputError]]:
+    if is_prepared(path):
+        prepared = PreparedQuestions(path)
+        yield from ((question.id, question) for question in (prepared[i] for i in range(len(prepared))))
+        return
+    rules = _rules(Source("mmmu", path, images))
+    for row, index, place in _all_rows(path):
+        try:
+            question = mmmu.parse_question(row, index, place, rules)
+            yield question.id, question
+        except InputError as error:
+            yield str(row.get("id", index)) if isinstance(row, dict) else str(index), error
+
+
+def _all_rows(path: str) -> Iterator[tuple[Any, int, str]]:
+    for name, file in raw.find_files(path).items():
+        for part in raw.cut(name, file).parts:
+            for index, row in raw.read_rows(file, part):
+                yield row, index, f"{name} row {index}"
+
+
+@functools.cache
+def _questions(source: Source, unpacked: Path) -> dict[str, Question | InputError]:
+    """By id, every image in a file of its own; the error of a row that cannot be used."""
+    questions: dict[str, Question | InputError] = {}
+    for name, question in _questions_by_id(source.source, source.images):
+        if name in questions:
+            raise InputError(f"{source.source}: two questions have the id {name!r}; take one of them out")
+        if isinstance(question, Question):
+            question = question._replace(images=tuple(_unpack(image, unpacked) for image in question.images))
+        questions[name] = question
+    return questions
+
+
+def _parse_response(
+    row: Any, index: int, place: str, questions: Mapping[str, Question | InputError], rules: Rules
+) -> Example:
+    question = questions.get(str(row.get("id"))) if isinstance(row, dict) else None
+    if isinstance(question, InputError):
+        raise InputError(f'{place}: "id" is {row["id"]!r}, whose question cannot be used ({question})')
+    return mmmu.parse_response(row, index, place, questions, rules)
+
+
+def _unpack(image: ImageSource, directory: Path) -> Path:
+    if isinstance(image, Path):
+        return image
+    path = directory / hashlib.sha256(image).hexdigest()
+    if not path.is_file():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_bytes(image)
+        os.replace(temporary, path)
+    return path
+
+
+def _parse_with_candidates(row: Any, index: int, place: str, source: Source, rules: Rules) -> Question:
+    question = mmmu.parse_question(row, index, place, rules)
+    given = _responses(source.responses).get(question.id, ()) if source.responses else ()
+    judged = [mmmu.parse_response(r, i, p, {question.id: question}, rules).true_false for r, i, p in given]
+    return question._replace(candidates=tuple(r["response"] for r, _, _ in given), true_false=tuple(map(bool, judged)))
+
+
+@functools.cache
+def _responses(path: str) -> dict[str, list[tuple[dict, int, str]]]:
+    """Rows of responses with their places, by the id of their question."""
+    found: dict[str, list] = {}
+    for row, index, place in _all_rows(path):
+        if not isinstance(row, dict) or "id" not in row:
+            raise row if isinstance(row, InputError) else InputError(f'{place}: "id" is missing; add it')
+        found.setdefault(str(row["id"]), []).append(({k: row[k] for k in _RESPONSE & set(row)}, index, place))
+    return found
+
+
+_RESPONSE = {"id", "response", "true_false", "if_right"}
+
+
+# --- What a row is named, grouped and left out by.
+
+
+def identity(row: Row, builder: str, images: str | None) -> str:
+    """What a row says, as a text: rows of one identity are copies.
+
+    A question's is its id with its text; rows of a benchmark are never copies of another row.
+    """
+    if isinstance(row, Question):
+        return f"{row.id}\n{row.text}\n{row.options}"
+    if builder == "mmmu_pro":  # its images are those of the question
+        return f"{row.id} {content_id(row._replace(images=()))}"
+    return f"{row.place if builder == 'visualprocessbench' else ''} {content_id(row, images)}"
+
+
+def source_of(row: Row) -> str:
+    """The domain, "" for none."""
+    return (row.subject if isinstance(row, Question) else row.dataset) or ""
+
+
+def outcome_of(row: Row) -> bool:
+    """Is the answer right? Of a chain without an answer: are all steps? Of a question: has it a right candidate?"""
+    if isinstance(row, Question):
+        return any(row.true_false)
+    if row.true_false is not None:
+        return row.true_false
+    return not any(turn.role == GPT and turn.text == MINUS for turn in row.turns)
+
+
+class Excluded(NamedTuple):
+    """Questions that must not come into a set, and their images."""
+
+    ids: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()  # mmmu.question_key
+    anchored: Mapping[str, tuple[str, ...]] = {}  # long ones by their first characters
+    pixels: frozenset[str] = frozenset()  # prepared.pixel_hash of each image
+
+
+def excluded(ids: list[str], texts: list[str], pixels: list[str]) -> Excluded:
+    """The questions with these ids, keys (`mmmu.question_key`) and images."""
+    anchored: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        if len(text) >= _ANCHOR:
+            anchored[text[:_ANCHOR]] = (*anchored.get(text[:_ANCHOR], ()), text)
+    return Excluded(frozenset(ids), frozenset(texts) - {""}, anchored, frozenset(pixels))
+
+
+@functools.cache
+def read_excluded(path: Path) -> Excluded:
+    """`excluded` of a JSON file {"ids", "texts", "pixels"}."""
+    return excluded(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def reason_to_exclude(row: Row, questions: Excluded) -> str | None:
+    """ "id" or "question" where the row's own is among `questions`; None where neither is."""
+    if str(row.id) in questions.ids and not isinstance(row.id, int):
+        return "id"
+    return "question" if _holds(mmmu.question_key(_question_text(row)), questions) else None
+
+
+def _question_text(row: Row) -> str:
+    if isinstance(row, Question):
+        return row.text
+    first = next(turn.text for turn in row.turns if turn.role == HUMAN)
+    match = _QUESTION.fullmatch(first)
+    return match[1] if match else first
+
+
+def _holds(key: str, questions: Excluded) -> bool:
+    """Whether the text is one of the questions, or has one of the long ones in it (its choices may follow)."""
+    if key in questions.texts:
+        return True
+    if not questions.anchored:
+        return False
+    anchors = (questions.anchored.get(key[i : i + _ANCHOR]) for i in range(len(key) - _ANCHOR + 1))
+    return any(key.startswith(text, i) for i, texts in enumerate(anchors) for text in texts or ())

@@ -1,0 +1,255 @@
+"""Raw files of any size, cut into parts that are read by themselves: JSONL, a JSON list, either as .gz, and Parquet.
+
+A part is some thousand whole rows of one file, so its rows are read in flat memory wherever they stand; rows keep the
+numbers that they have in the whole file, from 0. Blank lines of JSONL are no rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from dreamprm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as parquet
+
+PART_ROWS = 4096
+PART_BYTES = 32 * 2**20
+"""A part ends with the row that reaches one of the two."""
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+_BATCH_ROWS = 64  # of Parquet in memory at a time: rows may hold images
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Part(NamedTuple):
+    """Whole rows of one file."""
+
+    file: str  # name, as in places: relative to the source
+    kind: str  # lines | list | parquet
+    first_row: int
+    rows: int
+    start: int  # byte of the (unpacked) file; Parquet: row group
+    stop: int
+
+
+class RawFile(NamedTuple):
+    """A file that has been looked through."""
+
+    name: str
+    rows: int
+    sha256: str  # of its content, unpacked
+    parts: tuple[Part, ...]
+
+
+def find_files(source: str | Path) -> dict[str, Path]:
+    """The raw files that a path means, by name: the file itself, or those of a directory, in the order of their names.
+
+    Raises:
+      InputError: there is none.
+    """
+    source = Path(source)
+    if source.is_file():
+        return {source.name: source}
+    if not source.is_dir():
+        raise InputError(f"{source}: no such file or directory; give raw files ({', '.join(SUFFIXES)})")
+    found = (path for path in source.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    files = {path.relative_to(source).as_posix(): path for path in found}
+    if not files:
+        raise InputError(f"{source}: holds no raw file; they end in {', '.join(SUFFIXES)}")
+    return dict(sorted(files.items()))
+
+
+def cut(name: str, path: Path, part_rows: int = PART_ROWS) -> RawFile:
+    """Reads a file once and says where its parts are.
+
+    Raises:
+      InputError: it cannot be read, or a JSON list is broken (the rows behind the place cannot be found then).
+    """
+    if path.name.endswith(".parquet"):
+        return _cut_parquet(name, path)
+    try:
+        with _opened(path) as file:
+            start = file.read(2**16).removeprefix(_BOM).lstrip()
+            file.seek(0)
+            return _cut_list(name, file, part_rows) if start.startswith(b"[") else _cut_lines(name, file, part_rows)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(name, error) from error
+
+
+def read_rows(path: Path, part: Part, wanted: Callable[[int], bool] = lambda row: True) -> Iterator[tuple[int, Any]]:
+    """The rows of a part: their numbers in the file, and what they hold as parsed JSON.
+
+    A row that cannot be parsed is given as its InputError.
+
+    Args:
+      path: the file.
+      part: from `cut`.
+      wanted: rows of other numbers are skipped, unparsed.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    rows = {"lines": _read_lines, "list": _read_list, "parquet": _read_parquet}[part.kind](path, part)
+    try:
+        for row, parse in enumerate(rows, start=part.first_row):
+            if wanted(row):
+                yield row, _parsed(parse, f"{part.file} row {row}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(part.file, error) from error
+
+
+def _parsed(parse: Callable[[], Any], place: str) -> Any:
+    try:
+        return parse()
+    except UnicodeDecodeError as error:
+        return InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
+    except RecursionError:
+        return InputError(f"{place}: not valid JSON (nested too deeply); correct it")
+    except ValueError as error:
+        return InputError(f"{place}: not valid JSON ({error}); correct it, or write the file again if it was cut")
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{name}: cannot be read ({reason}); replace it with a whole file")
+
+
+# --- JSONL.
+
+
+def _cut_lines(name: str, file: BinaryIO, part_rows: int) -> RawFile:
+    digest, parts = hashlib.sha256(), []
+    row = first_row = start = position = 0
+    for line in file:
+        digest.update(line)
+        position += len(line)
+        row += _is_row(line)
+        if row - first_row == part_rows or (row > first_row and position - start >= PART_BYTES):
+            parts.append(Part(name, "lines", first_row, row - first_row, start, position))
+            first_row, start = row, position
+    if row > first_row:
+        parts.append(Part(name, "lines", first_row, row - first_row, start, position))
+    return RawFile(name, row, digest.hexdigest(), tuple(parts))
+
+
+def _is_row(line: bytes) -> bool:
+    return bool(line.removeprefix(_BOM).strip())
+
+
+def _read_lines(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
+    with _opened(path) as file:
+        file.seek(part.start)
+        position = part.start
+        while position < part.stop:
+            line = file.readline()
+            position += len(line)
+            if not line:
+                raise EOFError("it is shorter than it was")
+            if _is_row(line):
+                yield lambda line=line: json.loads(line.removeprefix(_BOM).decode())
+
+
+# --- A JSON list. It is looked through as a whole, its parts are read by themselves.
+
+
+def _cut_list(name: str, file: BinaryIO, part_rows: int) -> RawFile:
+    content = file.read()
+    try:
+        text = content.decode()
+        ends = list(_ends_of_rows(text, name))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    parts, position, byte = [], ends[0], len(text[: ends[0]].encode())
+    for first_row in range(0, len(ends) - 1, part_rows):
+        last = min(first_row + part_rows, len(ends) - 1)
+        start, byte = byte, byte + len(text[position : ends[last]].encode())
+        position = ends[last]
+        parts.append(Part(name, "list", first_row, last - first_row, start, byte))
+    return RawFile(name, len(ends) - 1, hashlib.sha256(content).hexdigest(), tuple(parts))
+
+
+def _ends_of_rows(text: str, name: str) -> Iterator[int]:
+    """Where the opening bracket ends, then where each row ends, its comma included: characters."""
+    decoder, row = json.JSONDecoder(), 0
+    position = text.index("[") + 1
+    yield position
+    mark = "]" if text[position:].strip() == "]" else ","
+    while mark == ",":
+        try:
+            _, position = decoder.raw_decode(text, _after_space(text, position))
+            position = _after_space(text, position) + 1
+            mark = text[position - 1 : position]
+            if mark not in (",", "]") or (mark == "]" and text[position:].strip()):
+                raise json.JSONDecodeError('expected "," or the end of the list', text, position - 1)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{name} row {row}: not valid JSON ({error}), and the rows behind it cannot be found; correct it, or "
+                "write the file again if it was cut"
+            ) from error
+        yield position
+        row += 1
+
+
+def _after_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()
+
+
+def _read_list(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
+    with _opened(path) as file:
+        file.seek(part.start)
+        text = file.read(part.stop - part.start).decode()
+    decoder, position = json.JSONDecoder(), 0
+    for _ in range(part.rows):
+        value, position = decoder.raw_decode(text, _after_space(text, position))
+        position = _after_space(text, position) + 1
+        yield lambda value=value: value
+
+
+# --- Parquet.
+
+
+def _parquet(path: Path, name: str) -> parquet.ParquetFile:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path, pre_buffer=False)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(name, error) from error
+
+
+def _cut_parquet(name: str, path: Path) -> RawFile:
+    with _parquet(path, name) as file:
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    parts, row = [], 0
+    for group, count in enumerate(counts):
+        parts.append(Part(name, "parquet", row, count, group, group + 1))
+        row += count
+    with path.open("rb") as content:
+        return RawFile(name, row, hashlib.file_digest(content, "sha256").hexdigest(), tuple(parts))
+
+
+def _read_parquet(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
+    import pyarrow
+
+    with _parquet(path, part.file) as file:
+        try:
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=range(part.start, part.stop)):
+                for value in batch.to_pylist():
+                    yield lambda value=value: value
+        except pyarrow.ArrowException as error:
+            raise _unreadable(part.file, error) from error
