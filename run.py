@@ -115,11 +115,17 @@ def log_machine(cfg) -> None:
         )
 
 
-def prepare_task():
-    """What runs on CPU cores alone, in many processes: jax stays unloaded."""
-    from dreamprm_jax.prepare import run_prepare
+def find_task(cfg):
+    """What runs `config.task`; jax stays unloaded where CPU cores and a network are all it takes."""
+    if cfg.task == "prepare":
+        from dreamprm_jax.prepare import run_prepare
 
-    return run_prepare
+        return run_prepare
+    if cfg.task == "generate":
+        from dreamprm_jax.generate import run_generation
+
+        return run_generation
+    return device_task(cfg)
 
 
 def device_task(cfg):
@@ -152,13 +158,12 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         cfg, workdir = parse(argv)
-        run_task = prepare_task() if cfg.task == "prepare" else device_task(cfg)
-        summary = run_task(cfg, workdir)
+        summary = find_task(cfg)(cfg, workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes a training run or a preparation", file=sys.stderr)
+        print("interrupted; the same command resumes training, preparation and generation", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell has it
     print(json.dumps(summary, indent=2))
     return 0

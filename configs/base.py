@@ -5,6 +5,7 @@ are placeholders, so that a flag can set them.
 """
 
 import math
+import re
 
 from ml_collections import config_dict
 
@@ -15,7 +16,7 @@ from dreamprm_jax.types import SUPERVISED
 def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
     cfg = config_dict.ConfigDict()
-    cfg.task = "train"  # train | score | compare | prepare
+    cfg.task = "train"  # train | score | compare | prepare | generate
     cfg.recipe = "corrected"  # which reading of the method the values follow: published | paper | corrected
     cfg.seed = 0  # data order, embedded benchmark and fresh parameters
 
@@ -42,14 +43,15 @@ def get_config() -> config_dict.ConfigDict:
     cfg.data.source = "files"  # files (train.path, meta.path) | embedded (noisy_steps; with a path given, that file)
     # A row that cannot be used (not read, too long, no image): raise (name it and end) | skip (count, tell, go on)
     cfg.data.on_error = "raise"
-    cfg.data.max_bad_share = 0.01  # of the rows of a file: more that are bad end the run all the same, 0 to 1
+    # Of a file's rows (task=prepare: of all rows, and of those whose images are looked at): more end the run, 0 to 1
+    cfg.data.max_bad_share = 0.01
     # Padded shapes of the batches that feed one step, each a program to compile, >= 2 where a meta set takes part
     cfg.data.max_shapes = 11
     cfg.data.threads = 2  # that read ahead, >= 1
     cfg.data.workers = 0  # processes that read ahead, each with its threads; 0: threads of the run's own
     for level in ("train", "meta"):
         cfg[level] = config_dict.ConfigDict()
-        cfg[level].path = config_dict.placeholder(str)  # .json or .jsonl
+        cfg[level].path = config_dict.placeholder(str)  # .json, .jsonl (also .gz) or a prepared directory
         cfg[level].images = config_dict.placeholder(str)  # image root; None: the file's own directory
         cfg[level].order = config_dict.placeholder(str)  # JSON list of row numbers to replay; None: shuffle
 
@@ -133,12 +135,40 @@ def get_config() -> config_dict.ConfigDict:
     cfg.checkpoint_every = 1000  # steps, >= 1; the end of each phase is always saved
     cfg.checkpoints_to_keep = 2  # newest ones, >= 1
 
-    cfg.input = config_dict.ConfigDict()  # task=score
-    cfg.input.path = config_dict.placeholder(str)  # chains to score, .json or .jsonl
+    cfg.input = config_dict.ConfigDict()  # task=score, task=generate
+    # Chains to score (.json, .jsonl), or questions to answer (.json, .jsonl, .parquet or a prepared directory)
+    cfg.input.path = config_dict.placeholder(str)
     cfg.input.images = config_dict.placeholder(str)  # image root; None: the file's own directory
-    cfg.output = config_dict.placeholder(str)  # scores, JSON lines; None: scores.jsonl in the workdir
+    # Scores or candidates, JSON lines; None: scores.jsonl or candidates.jsonl in the workdir
+    cfg.output = config_dict.placeholder(str)
     cfg.score = config_dict.ConfigDict()
     cfg.score.history = "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
+
+    cfg.generate = config_dict.ConfigDict()  # task=generate
+    cfg.generate.model = config_dict.placeholder(str)  # as the server calls it
+    cfg.generate.base_url = config_dict.placeholder(str)  # such as http://localhost:8000/v1; None: OpenAI's own
+    # Environment variable with the API key, which nothing else may hold; "": send none. A local server needs none.
+    cfg.generate.api_key_variable = "OPENAI_API_KEY"
+    cfg.generate.num_candidates = 8  # per question, >= 1; the paper: 8 at test, 4 for the meta set
+    cfg.generate.temperature = config_dict.placeholder(float)  # 0 to 2; None: the server's own
+    cfg.generate.top_p = config_dict.placeholder(float)  # in (0, 1]; None: the server's own
+    cfg.generate.max_tokens = 4096  # per candidate, >= 1
+    # What the server calls that: max_tokens | max_completion_tokens (OpenAI's reasoning models: thoughts count too)
+    cfg.generate.tokens_field = "max_tokens"
+    cfg.generate.seed = config_dict.placeholder(int)  # each request gets one of its own, made from it; None: send none
+    cfg.generate.extra = config_dict.placeholder(str)  # further fields of each request: a JSON object
+    # Prompts, as text or a text file: {question} and {options} for choices, {question} for open ones. None: our own
+    cfg.generate.prompt = config_dict.placeholder(str)
+    cfg.generate.prompt_open = config_dict.placeholder(str)
+    cfg.generate.max_image_side = config_dict.placeholder(int)  # pixels, larger images are scaled; None: as stored
+    cfg.generate.limit = config_dict.placeholder(int)  # the first so many questions; None: all
+    cfg.generate.concurrency = 8  # requests at a time, >= 1
+    cfg.generate.timeout = 600.0  # seconds for one request, > 0
+    cfg.generate.retries = 6  # after 429, 5xx, timeouts and broken connections, >= 0
+    cfg.generate.backoff = 1.0  # seconds before the first retry, doubled with each up to 60; >= 0
+    cfg.generate.on_error = "stop"  # a question that the server refuses: stop | skip (and leave it out)
+    cfg.generate.price_input = config_dict.placeholder(float)  # per million prompt tokens, any currency; None: no cost
+    cfg.generate.price_output = config_dict.placeholder(float)  # per million tokens of the candidates
 
     cfg.compare = config_dict.ConfigDict()  # task=compare
     cfg.compare.seeds = (20, 21, 22, 23, 24)  # each a benchmark and a cold start of its own; 0 or above, each once
@@ -166,10 +196,6 @@ def get_config() -> config_dict.ConfigDict:
     cfg.prepare.threshold = 0.0  # visualprm400k: a step is "+" above this share of right rollouts, in [0, 1)
     cfg.prepare.soft_labels = True  # visualprm400k: also keep the share itself
     cfg.prepare.splitter = "whole_numbers"  # mmmu_pro, a response's steps: whole_numbers | published
-    cfg.prepare.on_error = "skip"  # a row that cannot be used: skip (counted, in dropped.jsonl) | raise
-    cfg.prepare.max_bad_share = (
-        0.01  # of the rows read, and of those whose images are looked at, in [0, 1]; more: error
-    )
     cfg.prepare.processes = 0  # side by side; 0: as many as cores
     return cfg
 
@@ -306,7 +332,7 @@ ACTIVATIONS = {
 }
 
 CHECKS = {
-    "task": _one_of("train", "score", "compare", "prepare"),
+    "task": _one_of("train", "score", "compare", "prepare", "generate"),
     "seed": _at_least(0),
     "data.source": _one_of("files", "embedded"),
     "data.on_error": _one_of("raise", "skip"),
@@ -362,6 +388,20 @@ CHECKS = {
     "checkpoint_every": _at_least(1),
     "checkpoints_to_keep": _at_least(1),
     "score.history": _one_of("plus", "given"),
+    "generate.base_url": (
+        lambda value: value is None or re.fullmatch(r"https?://[^@?#\s]+", value) is not None,
+        "an http:// or https:// address without user, password and query",
+    ),
+    "generate.temperature": ((lambda value: value is None or 0 <= value <= 2), "from 0 to 2"),
+    "generate.top_p": ((lambda value: value is None or 0 < value <= 1), "above 0 and at most 1"),
+    "generate.tokens_field": _one_of("max_tokens", "max_completion_tokens"),
+    "generate.on_error": _one_of("stop", "skip"),
+    "generate.timeout": _above(0),
+    **{f"generate.{field}": _at_least(0) for field in ("seed", "retries", "backoff", "price_input", "price_output")},
+    **{
+        f"generate.{field}": _at_least(1)
+        for field in ("num_candidates", "max_tokens", "max_image_side", "limit", "concurrency")
+    },
     "compare.seeds": (
         lambda value: 0 < len(value) == len(set(value)) and all(type(seed) is int and seed >= 0 for seed in value),
         "one or more whole numbers from 0, each once, such as 0,1,2",
@@ -375,8 +415,6 @@ CHECKS = {
     "prepare.balance": _one_of("none", "source", "outcome", "source_outcome"),
     "prepare.threshold": ((lambda value: 0 <= value < 1), "at least 0 and below 1"),
     "prepare.splitter": _one_of("whole_numbers", "published"),
-    "prepare.on_error": _one_of("skip", "raise"),
-    "prepare.max_bad_share": ((lambda value: 0 <= value <= 1), "from 0 to 1"),
     "prepare.processes": _at_least(0),
 }
 

@@ -8,15 +8,16 @@
     python run.py --config=configs/prepare.py:mmmu --config.prepare.source=MMMU/validation --config.prepare.output=DATA
     python run.py --config=configs/prepare.py:visualprocessbench --config.prepare.source=test.jsonl ...
 
-Argument: the builder. On CPU cores alone; a killed command goes on where it was, and the set is the same to the byte.
+Arguments: the builder, and `published` for the published code's step splitter. Rows that cannot be used are skipped and
+listed. On CPU cores alone; a killed command goes on where it was, and the set is the same to the byte.
 """
 
 from configs import base
 
 
 def get_config(arguments: str = ""):
-    """The record of the task; its argument is the builder."""
-    chosen = base.split_arguments(arguments, {"builder": base.BUILDERS})
+    """The record of the task; its arguments are the builder and the recipe."""
+    chosen = base.split_arguments(arguments, {"builder": base.BUILDERS, "recipe": ("published",)})
     if "builder" not in chosen:
         raise ValueError(
             f"configs/prepare.py needs a builder: configs/prepare.py:{base.BUILDERS[0]}, or another of "
@@ -25,4 +26,7 @@ def get_config(arguments: str = ""):
     cfg = base.get_config()
     cfg.task = "prepare"
     cfg.prepare.builder = chosen["builder"]
+    cfg.data.on_error = "skip"  # of hundreds of thousands of rows a few are always bad; dropped.jsonl has each
+    if "recipe" in chosen:
+        cfg.recipe = cfg.prepare.splitter = chosen["recipe"]
     return cfg.lock()

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from dreamprm_jax import losses, weighting
 from dreamprm_jax.checkpoint import Model
-from dreamprm_jax.data import batches, noisy_steps, records
+from dreamprm_jax.data import batches, noisy_steps, prepared, records
 from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, with_shapes
 from dreamprm_jax.data.example import Example
@@ -52,6 +52,8 @@ def record(cfg: Any) -> dict[str, Any]:
 
 def _fingerprint(path: str) -> str:
     try:
+        if Path(path).is_dir():
+            return prepared.fingerprint(path)
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the config names it") from error
@@ -64,13 +66,15 @@ def image_spec(cfg: Any, config: presets.InternVLConfig) -> ImageSpec:
 
 
 def read_file(source: Any, field: str, *, outcome_required: bool = False) -> Sequence[Example | InputError]:
-    """The rows of a config's file (`train`, `meta`, `input`); `field` names it in messages.
+    """The rows of a config's file or prepared directory (`train`, `meta`, `input`); `field` names it in messages.
 
     Raises:
-      InputError: the path is missing, or the file cannot be read.
+      InputError: the path is missing, or cannot be read.
     """
     if source.path is None:
         raise InputError(f"--config.{field}.path is missing: give a .json or .jsonl file, or a prepared directory")
+    if Path(source.path).is_dir():
+        return prepared.PreparedExamples(source.path)
     root = source.images or Path(source.path).parent
     return records.read_rows(source.path, root, outcome_required=outcome_required)
 

@@ -11,12 +11,11 @@ import copy
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from dreamprm_jax.data.noisy_steps import SOURCES, Sizes
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.metrics import write_text
+from dreamprm_jax.workers import InThisProcess, live_with_parent
 
 LOG = "log.txt"
 
@@ -215,22 +215,12 @@ def _width(jobs: int, num_parts: int) -> int:
     return max(1, min(jobs or len(_cores() or range(os.cpu_count() or 1)), num_parts))
 
 
-class _InThisProcess(Executor):
-    """For an accelerator, which one process has for itself."""
-
-    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
-        """Runs it now."""
-        future: Future = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
 @contextlib.contextmanager
 def _workers(width: int) -> Iterator[Executor]:
     """Processes of one core each: XLA's sums depend on the number of threads, so a part's result must not depend on
     what runs beside it. None of them outlives this block, or this process."""
     if jax.default_backend() != "cpu":
-        yield _InThisProcess()
+        yield InThisProcess()
         return
     context = multiprocessing.get_context("spawn")
     cores, queue = _cores(), context.SimpleQueue()
@@ -256,18 +246,11 @@ def _begin_worker(cores: Any, settings: dict[str, Any]) -> None:
     core = cores.get()
     if core is not None:
         os.sched_setaffinity(0, {core})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C goes to all: the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    live_with_parent()
     tqdm.set_lock(threading.RLock())  # its own is for several processes, and leaks where one of them is ended
     logging.set_verbosity(logging.WARNING)  # Orbax tells every save in eight lines
     for name, value in settings.items():
         jax.config.update(name, value)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would train on, unseen."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def summarize(workdirs: Workdirs, settings: Sequence[sweeps.Setting], aggregate: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -53,6 +52,8 @@ class MetricsWriter:
     """Writes each step once: on resuming, lines at or after `first_step` are taken back first."""
 
     def __init__(self, workdir: Path, first_step: int, num_steps: int):
+        from tensorboardX import SummaryWriter  # loads PyTorch where that is installed: a second or two
+
         kept = [row for row in read_metrics(workdir) if row["step"] < first_step]
         write_json_lines(workdir / METRICS_FILE, kept)
         self._lines = (workdir / METRICS_FILE).open("a", encoding="utf-8")

@@ -15,28 +15,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dreamprm_jax.data import builders, passes, prepared, raw
+from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.choice import choose, first_of_each
 from dreamprm_jax.data.formats.mmmu import question_key
 from dreamprm_jax.data.passes import BAD, Dropped, Settings
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.workers import Task, open_workers, run_tasks
 
 SHARD_ROWS = 1024
 """A shard takes whole parts until it has so many rows."""
@@ -53,14 +50,6 @@ class Table(NamedTuple):
     stratum: np.ndarray  # int64 [N]: by the order of their names
     source: np.ndarray  # int64 [N]: index into `sources`
     sources: list[str]
-
-
-class Task(NamedTuple):
-    """One call of a pass."""
-
-    name: str  # "ai2d.jsonl rows 0 to 4095"
-    rows: int
-    arguments: tuple[Any, ...]
 
 
 def run_prepare(cfg: Any, workdir: Path) -> dict[str, Any]:
@@ -89,7 +78,7 @@ def run_prepare(cfg: Any, workdir: Path) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         print(f"{directory}: was finished before", file=sys.stderr)
         return _summary(report, directory)
-    with _claimed(work, record), _workers(options.processes) as workers:
+    with _claimed(work, record), open_workers(options.processes) as workers:
         settings = Settings(source, work, cfg.seed, options.balance)
         _write_excluded(options, work)
         parts = [(part, files[file.name]) for file in cut for part in file.parts]
@@ -129,16 +118,17 @@ def _prepare(
     tasks = [
         Task(_part_name(part), part.rows, (settings, index, part, path)) for index, (part, path) in enumerate(parts)
     ]
-    _run(workers, "scan", passes.scan, tasks)
+    run_tasks(workers, "scan", passes.scan, tasks)
     table, dropped = _read_scans(settings.work, parts)
     num_read = sum(part.rows for part, _ in parts)
-    error = _too_bad(dropped, num_read, options, settings.work)
+    on_error = OnError(cfg.data.on_error, cfg.data.max_bad_share)
+    error = _too_bad(dropped, num_read, on_error, settings.work)
     if error:
         _forget(settings.work)
         raise error
     copies = ~first_of_each(table.key)
     dropped += _copies(table, copies, parts)
-    chosen, more = _look(settings, parts, table, ~copies, options, workers)
+    chosen, more = _look(settings, parts, table, ~copies, options.sample, on_error, workers)
     dropped += more
     if not len(chosen):
         first = f" (the first: {dropped[0].reason})" if dropped else ""
@@ -251,14 +241,20 @@ def _place(table: Table, index: int, parts: list[tuple]) -> str:
 
 
 def _look(
-    settings: Settings, parts: list[tuple], table: Table, usable: np.ndarray, options: Any, workers: Sequence[Executor]
+    settings: Settings,
+    parts: list[tuple],
+    table: Table,
+    usable: np.ndarray,
+    sample: int | None,
+    on_error: OnError,
+    workers: Sequence[Executor],
 ) -> tuple[np.ndarray, list[Dropped]]:
     """The rows taken, by position in `table`: chosen, looked at, and chosen again until all their images are whole."""
     usable, looked = usable.copy(), np.zeros(len(usable), bool)
     dropped: list[Dropped] = []
     for turn in range(len(usable) + 1):
         (positions,) = np.nonzero(usable)
-        chosen = positions[choose(table.key[positions], _dense(table.stratum[positions]), options.sample)]
+        chosen = positions[choose(table.key[positions], _dense(table.stratum[positions]), sample)]
         by_part = _by_part(table, chosen[~looked[chosen]])
         if not by_part:
             break
@@ -266,13 +262,13 @@ def _look(
             Task(_part_name(parts[i][0]), len(rows), (settings, turn, i, *parts[i], rows))
             for i, rows in by_part.items()
         ]
-        _run(workers, "images", passes.look, tasks)
+        run_tasks(workers, "images", passes.look, tasks)
         looked[chosen] = True
         for i in by_part:
             found = passes.read_look(settings.work, turn, i)
             dropped += found
             usable &= ~((table.part == i) & np.isin(table.row, [row.row for row in found]))
-        error = _too_bad(dropped, int(looked.sum()), options, settings.work)
+        error = _too_bad(dropped, int(looked.sum()), on_error, settings.work)
         if error:
             raise InputError(f"{error}. Where images have been mended, remove {settings.work} first") from error
     return chosen, dropped
@@ -288,19 +284,19 @@ def _by_part(table: Table, positions: np.ndarray) -> dict[int, np.ndarray]:
     return {int(part): table.row[positions[parts == part]] for part in np.unique(parts)}
 
 
-def _too_bad(dropped: list[Dropped], num_rows: int, options: Any, work: Path) -> InputError | None:
+def _too_bad(dropped: list[Dropped], num_rows: int, on_error: OnError, work: Path) -> InputError | None:
     """The error where bad rows are not to be skipped, or are too many of `num_rows`."""
     bad = [row for row in dropped if row.kind.startswith(BAD)]
-    if not bad or (options.on_error == "skip" and len(bad) <= options.max_bad_share * num_rows):
+    if not bad or (on_error.action == "skip" and len(bad) <= on_error.max_share * num_rows):
         return None
     path = work / DROPPED_FILE
     path.write_text(_lines(bad), encoding="utf-8")
     first = f"{bad[0].file} row {bad[0].row}: {bad[0].reason}"
-    if options.on_error == "raise":
+    if on_error.action == "raise":
         return InputError(first + (f" (and {len(bad) - 1} more bad rows: {path})" if len(bad) > 1 else ""))
     return InputError(
-        f"{len(bad)} of {num_rows} rows cannot be used ({_by_kind(bad)}), more than --config.prepare.max_bad_share="
-        f"{options.max_bad_share}; all are in {path}, the first is {first}"
+        f"{len(bad)} of {num_rows} rows cannot be used ({_by_kind(bad)}), more than --config.data.max_bad_share="
+        f"{on_error.max_share}; all are in {path}, the first is {first}"
     )
 
 
@@ -334,7 +330,7 @@ def _write(
     for name, group in zip(names, groups, strict=True):
         rows = [(*parts[i], numbers) for i, numbers in group.items()]
         tasks.append(Task(name, sum(map(len, group.values())), (settings, directory, name, rows)))
-    _run(workers, "write", passes.write, tasks)
+    run_tasks(workers, "write", passes.write, tasks)
     return [passes.read_written(settings.work, name) for name in names]
 
 
@@ -415,79 +411,5 @@ def _table(report: dict, directory: Path, seconds: float) -> str:
     return "\n".join(lines)
 
 
-# --- Processes.
-
-
 def _part_name(part: raw.Part) -> str:
     return f"{part.file} rows {part.first_row} to {part.first_row + part.rows - 1}"
-
-
-def _run(workers: Sequence[Executor], title: str, function: Callable[..., None], tasks: list[Task]) -> None:
-    """Runs `function` on the arguments of each task, one task a worker at a time.
-
-    Raises:
-      InputError: of a task; or a worker was killed: names what it was working on.
-    """
-    waiting, idle, running = tasks[::-1], list(workers), {}
-    with tqdm(
-        total=sum(task.rows for task in tasks), desc=title, unit="row", unit_scale=True, file=sys.stderr,
-        mininterval=1.0 if sys.stderr.isatty() else 15.0, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
-        while waiting or running:
-            while waiting and idle:
-                worker, task = idle.pop(), waiting.pop()
-                running[worker.submit(function, *task.arguments)] = worker, task
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                worker, task = running.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    raise InputError(
-                        f"{title}, {task.name}: the process that worked on it was killed; where memory ran out, lower "
-                        "--config.prepare.processes. The same command goes on"
-                    ) from error
-                idle.append(worker)
-                bar.update(task.rows)
-
-
-@contextlib.contextmanager
-def _workers(processes: int) -> Iterator[list[Executor]]:
-    """Executors of one process each, so that it is known what a killed one was working on; none outlives the block."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if (processes or cores) == 1:
-        yield [_InThisProcess()]
-        return
-    others = multiprocessing.active_children()
-    context = multiprocessing.get_context("spawn")
-    workers = [ProcessPoolExecutor(1, context, _begin_worker) for _ in range(processes or cores)]
-    try:
-        yield workers
-    except BaseException:
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()
-        raise
-    finally:
-        for worker in workers:
-            worker.shutdown(cancel_futures=True)
-
-
-class _InThisProcess(Executor):
-    """One process needs no other."""
-
-    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
-        """Runs it now."""
-        future: Future = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C goes to all: the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -22,6 +22,7 @@ from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.losses import AGGREGATIONS
 from dreamprm_jax.sweeps import settings
+from dreamprm_jax.workers import InThisProcess
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -364,9 +365,7 @@ def test_a_part_that_fails_lets_the_others_finish_and_is_named(tmp_path, monkeyp
     jobs.append(job(tmp_path, "after_good", "good"))
     told = {}
     with pytest.raises(InputError) as error:
-        running.run_jobs(
-            jobs, running._InThisProcess(), 1, lambda job, outcome: told.update({job.workdir.name: outcome})
-        )
+        running.run_jobs(jobs, InThisProcess(), 1, lambda job, outcome: told.update({job.workdir.name: outcome}))
     assert told == {
         "bad": "RuntimeError: no such luck",
         "good": "best of 8 0.500, AUROC 0.750, 3 s",
@@ -382,7 +381,7 @@ def test_a_part_that_fails_lets_the_others_finish_and_is_named(tmp_path, monkeyp
     assert "about bad" in log and 'raise RuntimeError("no such luck")' in log
 
 
-class Recorded(running._InThisProcess):
+class Recorded(InThisProcess):
     """Keeps what was handed over; finishes a job only when asked."""
 
     def __init__(self):

@@ -71,6 +71,9 @@ def config(source, output, builder="visualprm400k", **options):
     cfg = prepare_config.get_config(builder)
     cfg.seed = options.pop("seed", 0)
     options = {"images": str(Path(source).parent), "processes": 1} | options
+    for name in ("on_error", "max_bad_share"):
+        if name in options:
+            cfg.data[name] = options.pop(name)
     for name, value in {"source": str(source), "output": str(output), **options}.items():
         cfg.prepare[name] = value if not isinstance(value, Path) else str(value)
     base.validate(cfg)

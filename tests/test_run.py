@@ -82,7 +82,7 @@ def test_an_interrupt_is_no_traceback(tmp_path):
     (tmp_path / "config.py").write_text("raise KeyboardInterrupt")  # where control-C comes does not matter
     done = call(f"--config={tmp_path / 'config.py'}")
     assert done.returncode == 130
-    assert done.stderr.strip() == "interrupted; the same command resumes a training run or a preparation"
+    assert done.stderr.strip() == "interrupted; the same command resumes training, preparation and generation"
 
 
 def test_help_needs_no_config():
@@ -278,7 +278,7 @@ def test_every_config_builds_and_passes_its_own_checks():
         if path.stem in ("__init__", "base"):
             continue
         module = importlib.import_module(f"configs.{path.stem}")
-        without_scale = {"score": [""], "compare": [""], "prepare": base.BUILDERS}
+        without_scale = {"score": [""], "compare": [""], "generate": [""], "prepare": base.BUILDERS}
         arguments = without_scale.get(path.stem, ["", "internvl3_1b", "corrected,internvl3_1b", "paper"])
         for argument in arguments:
             cfg = module.get_config(argument)

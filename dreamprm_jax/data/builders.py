@@ -66,12 +66,18 @@ def parser(source: Source, file: str, unpacked: Path) -> Parse:
     """
     rules = _rules(source)
     if source.builder == "visualprm400k":
-        return functools.partial(visualprm.parse, rules=rules._replace(dataset=visualprm.domain(file)))
+        return functools.partial(_parse_visualprm, rules=rules._replace(dataset=visualprm.domain(file)))
     if source.builder == "visualprocessbench":
         return functools.partial(visualprocessbench.parse, rules=rules)
     if source.builder == "mmmu_pro":
         return functools.partial(_parse_response, questions=_questions(source, unpacked), rules=rules)
     return functools.partial(_parse_with_candidates, source=source, rules=rules)
+
+
+def _parse_visualprm(row: Any, index: int, place: str, rules: Rules) -> Example:
+    """A row named by its content, as the files say -1 of each."""
+    example = visualprm.parse(row, index, place, rules)
+    return example._replace(id=content_id(example, rules.image_root)) if example.id == visualprm.NO_ID else example
 
 
 def _rules(source: Source) -> Rules:
