@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import random
 import resource
 import time
 from pathlib import Path
@@ -27,12 +28,16 @@ import tokenizers
 from absl import flags
 from PIL import Image
 
+from benchmarks.raw_rows import visualprm_raw_row
 from benchmarks.workload import markdown
-from dreamprm_jax.data import batches, records, shapes, tokens
+from dreamprm_jax.data import batches, prepared, records, shapes, tokens
 from dreamprm_jax.data.conversation import CONTROL_TOKENS
 from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all
-from dreamprm_jax.data.example import GPT, HUMAN, Example, Turn
+from dreamprm_jax.data.example import Example
+from dreamprm_jax.data.formats import visualprm
+from dreamprm_jax.data.formats.rules import rules_for
 
+SETTINGS = ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2))  # threads, workers
 TILE_SIZE, TOKENS_PER_TILE, CONTEXT = 448, 256, 32_768  # InternVL3
 
 APPETITES = {  # rows a second on an H100 (docs/performance.md): rows of one step / its seconds
@@ -68,17 +73,15 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def generated_rows(count: int, seed: int = 0) -> list[Example]:
-    """Chains of up to 12 steps about photographs of many shapes, 64 of them in all."""
-    rng = np.random.default_rng(seed)
-    pictures = [photograph(rng, *map(int, rng.integers(400, 1600, 2))) for _ in range(64)]
-    words = ["the", "angle", "therefore", "area", "of", "=", "12.5", "line", "chart", "shows", "value", "\n\n", "so"]
-    text = lambda low, high: " ".join(rng.choice(words, rng.integers(low, high)))  # noqa: E731
+    """Chains as long as VisualPRM-400K's about photographs of many shapes, 16 of them in all."""
+    rng, pixels = random.Random(seed), np.random.default_rng(seed)
+    pictures = [photograph(pixels, rng.randint(400, 1600), rng.randint(400, 1600)) for _ in range(16)]
     rows = []
     for row in range(count):
-        turns = [Turn(HUMAN, "<image>" + text(20, 60))]
-        for _ in range(rng.integers(1, 13)):
-            turns += [Turn(HUMAN, "Step: " + text(5, 20)), Turn(GPT, str(rng.choice(["+", "-"])))]
-        rows.append(Example(row, row, tuple(turns), (pictures[rng.integers(64)],), place=f"generated row {row}"))
+        raw = visualprm_raw_row(rng, "picture")
+        found = visualprm.parse({**raw, "image": None, "question": raw["question"].replace("<image>", "")}, row,
+                                f"generated row {row}", rules_for(None))  # fmt: skip
+        rows.append(found._replace(id=row, images=(rng.choice(pictures),)))
     return rows
 
 
@@ -120,7 +123,7 @@ def _with(dataset: Dataset, chosen: shapes.Shapes) -> Dataset:
 def speed_table(dataset: Dataset, batch_size: int, seconds: float) -> list[dict[str, Any]]:
     """Rows a second of a run's batches for each setting of threads and workers."""
     found = []
-    for threads, workers in ((1, 0), (2, 0), (4, 0), (1, 1), (2, 2)):
+    for threads, workers in SETTINGS:
         plan = batches.make_plan(dataset, batch_size=batch_size, num_batches=100_000, seed=0)
         stream = batches.training_batches(dataset, plan, reading=batches.Reading(threads, workers, ahead=4))
         for _ in range(4 + 4 * workers):  # what was read ahead while the processes started
@@ -180,6 +183,8 @@ def read(args: argparse.Namespace) -> Any:
     """The rows that the arguments ask for."""
     if args.path is None:
         return generated_rows(args.rows)
+    if Path(args.path).is_dir():
+        return prepared.PreparedExamples(args.path)
     return records.read_examples(args.path, args.images or Path(args.path).parent, outcome_required=False)
 
 

@@ -1,7 +1,8 @@
 """N candidate responses per question from an OpenAI-compatible server, as a best-of-N file.
 
-Whatever the server sends is appended to responses.jsonl in the workdir at once, one line a request: a killed run goes
-on from there, and nothing that was paid for is asked again. The best-of-N file is made from it at the end.
+Whatever the server sends is appended to journal.jsonl in the workdir at once, one line a request: a killed run goes
+on from there, and nothing that was paid for is asked again. The best-of-N file is made from it at the end, and with it
+responses.jsonl, one line a response, which `configs/prepare.py:mmmu_pro` makes a meta set of.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from dreamprm_jax.data import raw
 from dreamprm_jax.data.answers import extract_answer, is_right
+from dreamprm_jax.data.bad_rows import RAISE, settle
 from dreamprm_jax.data.example import Question
 from dreamprm_jax.data.formats.mmmu import parse_question, question_turn, right_answers
 from dreamprm_jax.data.formats.rules import rules_for
@@ -39,8 +41,8 @@ from dreamprm_jax.messages import (
 )
 from dreamprm_jax.metrics import METRICS_FILE, write_json_lines, write_text
 
-RESPONSES_FILE = "responses.jsonl"
-CANDIDATES_FILE = "candidates.jsonl"
+JOURNAL_FILE = "journal.jsonl"
+CANDIDATES_FILE, RESPONSES_FILE = "candidates.jsonl", "responses.jsonl"
 NO_RESPONSE = "(no response)"
 """Stands for a candidate without text, so that every question has its N; it is wrong and has one step."""
 
@@ -67,8 +69,9 @@ class _Stopped(Exception):
 def run_generation(cfg: Any, workdir: Path) -> dict[str, Any]:
     """`task=generate`: asks for what is missing, writes the best-of-N file, in the questions' order.
 
-    The workdir gets config.json, responses.jsonl and metrics.jsonl, and the candidates where `output` names no other
-    place. The same command goes on after a kill or an error. A larger `num_candidates` asks for the difference.
+    The workdir gets config.json, journal.jsonl, responses.jsonl and metrics.jsonl, and the candidates where `output`
+    names no other place. The same command goes on after a kill or an error. A larger `num_candidates` asks for the
+    difference.
 
     Raises:
       InputError: a question, prompt or image that cannot be sent, before anything is asked; a request that failed in
@@ -87,12 +90,13 @@ def run_generation(cfg: Any, workdir: Path) -> dict[str, Any]:
     output = Path(cfg.output) if cfg.output else workdir / CANDIDATES_FILE
     _claim(workdir, cfg, asked)
     _check_output(output, cfg.input.path)
-    with _open_journal(workdir / RESPONSES_FILE) as journal:
+    with _open_journal(workdir / JOURNAL_FILE) as journal:
         _restore(journal, asked)
         skipped = _ask_all(asked, settings, prompts, sampling, key, journal)
     complete = [item for item in asked if len(item.candidates) >= settings.num_candidates]
     rows = [output_row(item, settings.num_candidates, output.parent) for item in complete]
     write_json_lines(output, rows)
+    write_json_lines(workdir / RESPONSES_FILE, [line for row in rows for line in response_rows(row)])
     summary = summarise(complete, rows, settings)
     summary["num_skipped"] = skipped
     write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "generate", **summary}])
@@ -118,7 +122,8 @@ def read_questions(path: str | None, image_root: str | None, limit: int | None) 
     if not Path(path).is_file():
         raise InputError(f"--config.input.path={path}: no such file or prepared directory")
     rules = rules_for(image_root or Path(path).parent)
-    questions, errors = [], []
+    questions: list[Question] = []
+    errors: dict[int, InputError] = {}
     for row, parsed in _rows(path):
         if row >= (limit or row + 1):
             break
@@ -127,10 +132,8 @@ def read_questions(path: str | None, image_root: str | None, limit: int | None) 
             check_images(question)
             questions.append(question)
         except InputError as error:
-            errors.append(error)
-    if errors:
-        more = f" (and {len(errors) - 1} more bad rows)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{more}") from errors[0]
+            errors[row] = error
+    settle(errors, len(questions) + len(errors), RAISE)
     if not questions:
         raise InputError(f"{path}: no rows; give a JSON list of rows, or JSONL")
     return questions
@@ -378,6 +381,13 @@ def output_row(item: Asked, num_candidates: int, folder: Path) -> dict[str, Any]
         "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens},
         "model": item.replies[-1].model,
     }
+
+
+def response_rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The texts of a line of the best-of-N file, each as a line that `prepare.responses` takes."""
+    for number, (text, is_correct) in enumerate(zip(row["candidates"], row["true_false"], strict=True)):
+        if text != NO_RESPONSE:
+            yield {"id": row["id"], "candidate": number, "response": text, "true_false": is_correct}
 
 
 def _image_path(source: Any, name: str, folder: Path) -> str:

@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from benchmarks import step, workload
+from benchmarks import pipeline, prepare, step, workload
 from dreamprm_jax.models import internvl, presets
 
 CONFIG = presets.InternVLConfig(
@@ -68,3 +68,32 @@ def test_step_writes_a_line_for_every_program(monkeypatch, tmp_path, capsys):
         assert row["examples/s"] == pytest.approx(2e3 / row["ms"])
         assert row["temporary GiB"] > 0 and row["state GiB"] > 0
     assert capsys.readouterr().out.count("\n| ") == 2 + 2
+
+
+def run_benchmark(module, monkeypatch, tmp_path, *arguments):
+    path = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path)])
+    module.main()
+    return json.loads(path.read_text())
+
+
+def test_the_pipeline_benchmark_measures_what_it_says(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pipeline, "SETTINGS", ((1, 0), (2, 0)))
+    monkeypatch.setattr(pipeline, "TILE_SIZE", 28)
+    found = run_benchmark(pipeline, monkeypatch, tmp_path, "--rows", "12", "--seconds", "0.1", "--batch-sizes", "2")
+    assert found["start"][0]["rows"] == 12
+    assert all(row["rows/s"] > 0 for row in found["speed"])
+    padding = [row["token padding, B = 1"] for row in found["padding"]]
+    assert padding == sorted(padding, reverse=True)
+    assert all(row["token padding, B = 8"] >= 0 for row in found["padding"])
+    assert "| H100 rows/s |" in capsys.readouterr().out
+
+
+def test_the_prepare_benchmark_reads_back_what_it_wrote(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(prepare, "NUM_IMAGES", 3)
+    found = run_benchmark(prepare, monkeypatch, tmp_path, "--rows", "40", "--processes", "1")
+    (row,) = found["rows"]
+    assert row["rows"] == row["kept"] == 40
+    assert min(row["prepared rows/s"], row["read rows/s"], row["checked rows/s"], row["worker MiB"]) >= 0
+    assert row["parent MiB"] > 20
+    assert "| prepared rows/s |" in capsys.readouterr().out

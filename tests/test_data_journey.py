@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from PIL import Image
 
+from benchmarks.raw_rows import visualprm_raw_row
 from configs import prepare as prepare_config
 from configs import score, table
 from dreamprm_jax import build
@@ -19,7 +20,6 @@ from dreamprm_jax.experiment import run_training
 from dreamprm_jax.models import convert, internvl, presets
 from dreamprm_jax.prepare import run_prepare
 from dreamprm_jax.scoring import run_scoring
-from tests.raw_rows import visualprm_raw_row
 
 
 def word_tokenizer():

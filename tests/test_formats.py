@@ -7,9 +7,9 @@ import re
 
 import pytest
 from PIL import Image
-from raw_rows import MAX_STEPS, visualprm_conversation_row, visualprm_raw_row
 from test_records import mutate, turn
 
+from benchmarks.raw_rows import MAX_STEPS, visualprm_conversation_row, visualprm_raw_row
 from dreamprm_jax.data.conversation import IMAGE_BLOCK, render
 from dreamprm_jax.data.example import GPT, HUMAN, SYSTEM
 from dreamprm_jax.data.formats import prompts, visualprm, visualprocessbench

@@ -19,6 +19,7 @@ from dreamprm_jax import endpoint, generate
 from dreamprm_jax.data import prepared
 from dreamprm_jax.data.example import Question
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.prepare import run_prepare
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-secret-0123456789"
@@ -154,6 +155,17 @@ def test_prompts_of_ones_own(questions, tmp_path):
 # --- Answers that are none, or odd.
 
 
+def test_the_responses_become_a_meta_set(questions, tmp_path):
+    with serving(lambda call, body, number: call.answer(RIGHT, WRONG)) as server:
+        run(server, questions, tmp_path / "work")
+    cfg = import_module("configs.prepare").get_config("mmmu_pro")
+    cfg.prepare.source, cfg.prepare.output, cfg.prepare.processes = str(questions), str(tmp_path / "data"), 1
+    cfg.prepare.responses = str(tmp_path / "work" / "responses.jsonl")
+    found = prepared.PreparedExamples(run_prepare(cfg, tmp_path)["directory"])
+    outcomes = [(row.id, row.true_false) for row in (found[number] for number in range(len(found)))]
+    assert outcomes == [("q0", True), ("q0", False), ("q1", True), ("q1", False), ("q2", False), ("q2", False)]
+
+
 def test_odd_answers_are_counted_and_keep_their_place(questions, tmp_path):
     def behave(call, body, number):
         if number == 0:
@@ -173,6 +185,10 @@ def test_odd_answers_are_counted_and_keep_their_place(questions, tmp_path):
     assert rows[1]["refused"] == [False, True] and rows[1]["finish_reasons"] == ["length", "stop"]
     assert rows[2]["candidates"] == ["Answer: 12", "? Answer: 12"]
     assert [row["true_false"] for row in rows] == [[True, False], [False, False], [True, True]]
+    written = rows_of(tmp_path / "work" / "responses.jsonl")
+    assert [(row["id"], row["candidate"]) for row in written] == [
+        *(("q0", 0), ("q1", 0), ("q1", 1), ("q2", 0), ("q2", 1))
+    ]  # but for the empty one
     counts = ("num_truncated", "num_refused", "num_empty", "num_without_answer")
     assert tuple(summary[name] for name in counts) == (1, 1, 1, 3)
 
@@ -241,7 +257,7 @@ def test_a_finished_run_asks_nothing_and_a_larger_one_the_difference(questions, 
 
 
 def test_a_torn_last_line_is_taken_away_and_asked_again(questions, tmp_path):
-    journal = tmp_path / "work" / "responses.jsonl"
+    journal = tmp_path / "work" / "journal.jsonl"
     with serving(answer_right) as server:
         run(server, questions, tmp_path / "work")
         whole = journal.read_bytes()
@@ -264,7 +280,7 @@ def test_other_questions_or_settings_in_a_workdir_are_refused(questions, tmp_pat
             with pytest.raises(InputError, match="are to other questions, another prompt, model or sampling"):
                 run(server, questions, tmp_path / "work", **fields)
         assert len(server.bodies) == 3
-        (tmp_path / "work" / "responses.jsonl").write_text("{}\n")
+        (tmp_path / "work" / "journal.jsonl").write_text("{}\n")
         with pytest.raises(InputError, match="line 1: is no response of a run"):
             run(server, questions, tmp_path / "work")
         (tmp_path / "work" / "config.json").write_text('{"config": {"task": "train"}, "data": {}}')
@@ -273,7 +289,7 @@ def test_other_questions_or_settings_in_a_workdir_are_refused(questions, tmp_pat
 
 
 def test_two_runs_do_not_write_one_journal(questions, tmp_path):
-    with generate._open_journal(tmp_path / "responses.jsonl"), serving(answer_right) as server:
+    with generate._open_journal(tmp_path / "journal.jsonl"), serving(answer_right) as server:
         with pytest.raises(InputError, match="another run writes it"):
             run(server, questions, tmp_path)
         assert not server.bodies
@@ -294,7 +310,7 @@ def test_an_error_lets_the_others_finish_and_keeps_them(questions, tmp_path):
     with serving(behave) as server:
         with pytest.raises(InputError, match=r"questions.jsonl row 2: the server answered 400: policy; correct"):
             run(server, questions, tmp_path / "work")
-        assert len(rows_of(tmp_path / "work" / "responses.jsonl")) == 2
+        assert len(rows_of(tmp_path / "work" / "journal.jsonl")) == 2
         asked = len(server.bodies)
         summary = run(server, questions, tmp_path / "work", on_error="skip")
         assert len(server.bodies) == asked + 2 + 2  # what was missing; the refused one with n, then without
@@ -340,12 +356,12 @@ def test_a_killed_run_goes_on(questions, tmp_path, sign):
         kept = {signal.SIGKILL: 1, signal.SIGINT: 2}[sign]  # an interrupted run waits for what is under way
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[sign]
         assert "Traceback" not in stderr
-        assert len(rows_of(tmp_path / "work" / "responses.jsonl")) == kept
+        assert len(rows_of(tmp_path / "work" / "journal.jsonl")) == kept
         assert not (tmp_path / "work" / "candidates.jsonl").read_text()
         run(server, questions, tmp_path / "work", concurrency=1)
         assert len(server.bodies) == 2 + 3 - kept
     assert [row["id"] for row in rows_of(tmp_path / "work" / "candidates.jsonl")] == ["q0", "q1", "q2"]
-    assert len(rows_of(tmp_path / "work" / "responses.jsonl")) == 3
+    assert len(rows_of(tmp_path / "work" / "journal.jsonl")) == 3
 
 
 # --- The key.

@@ -14,13 +14,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from benchmarks import raw_rows
 from configs import base
 from configs import prepare as prepare_config
 from dreamprm_jax import prepare
 from dreamprm_jax.data import builders, passes, raw
 from dreamprm_jax.data.prepared import PreparedExamples, PreparedQuestions, is_prepared
 from dreamprm_jax.errors import InputError
-from tests import raw_rows
 
 ROOT = Path(__file__).parent.parent
 
