@@ -126,7 +126,8 @@ def _prepare(
     if error:
         _forget(settings.work)
         raise error
-    copies = ~first_of_each(table.key)
+    repeats = settings.source.builder in builders.REPEATING_BUILDERS
+    copies = np.zeros(len(table.key), bool) if repeats else ~first_of_each(table.key)
     dropped += _copies(table, copies, parts)
     chosen, more = _look(settings, parts, table, ~copies, options.sample, on_error, workers)
     dropped += more

@@ -19,6 +19,10 @@ from dreamprm_jax.data.prepared import PreparedQuestions, is_prepared
 from dreamprm_jax.errors import InputError
 
 QUESTION_BUILDERS = ("mmmu",)
+REPEATING_BUILDERS = ("mmmu_pro", "visualprocessbench")
+"""Equal rows are all kept: responses are draws (406 of the 1,656 published ones repeat another), and the rows of a
+benchmark are what they are."""
+
 """Builders of questions; the other ones' rows are chains."""
 
 Row = Example | Question
@@ -182,13 +186,13 @@ _RESPONSE = {"id", "response", "true_false", "if_right"}
 def identity(row: Row, builder: str, images: str | None) -> str:
     """What a row says, as a text: rows of one identity are copies.
 
-    A question's is its id with its text; rows of a benchmark are never copies of another row.
+    A question's is its id with its text.
     """
     if isinstance(row, Question):
         return f"{row.id}\n{row.text}\n{row.options}"
     if builder == "mmmu_pro":  # its images are those of the question
         return f"{row.id} {content_id(row._replace(images=()))}"
-    return f"{row.place if builder == 'visualprocessbench' else ''} {content_id(row, images)}"
+    return content_id(row, images)
 
 
 def source_of(row: Row) -> str:
