@@ -45,9 +45,10 @@ def get_config() -> config_dict.ConfigDict:
     cfg.data.on_error = "raise"
     # Of a file's rows (task=prepare: of all rows, and of those whose images are looked at): more end the run, 0 to 1
     cfg.data.max_bad_share = 0.01
-    # Padded shapes of the batches that feed one step, each a program to compile, >= 2 where a meta set takes part
+    # Padded shapes of the batches that feed one step, training and meta set together, >= 2. Each pair that meets (each
+    # shape where there is no meta set) is a program to compile
     cfg.data.max_shapes = 11
-    cfg.data.threads = 2  # that read ahead, >= 1
+    cfg.data.threads = 2  # that read ahead, in scoring too, >= 1
     cfg.data.workers = 0  # processes that read ahead, each with its threads; 0: threads of the run's own
     for level in ("train", "meta"):
         cfg[level] = config_dict.ConfigDict()
@@ -180,7 +181,8 @@ def get_config() -> config_dict.ConfigDict:
 
     cfg.prepare = config_dict.ConfigDict()  # task=prepare: raw files -> OUTPUT/BUILDER/VERSION
     cfg.prepare.builder = config_dict.placeholder(str)  # the config's argument: one of BUILDERS
-    # Raw files, one or a directory of them: .jsonl, .json (a list), either with .gz, .parquet. mmmu_pro: its questions
+    # Raw files: one, a directory or a pattern ("MMMU/*/validation-*.parquet"); .jsonl, .json (a list), either with .gz,
+    # .parquet. mmmu_pro: its questions
     cfg.prepare.source = config_dict.placeholder(str)
     cfg.prepare.images = config_dict.placeholder(str)  # image root; None: the source, or the directory that it is in
     # mmmu_pro (needed), mmmu: candidate responses, {"id", "response", "true_false"?}; a file or a directory

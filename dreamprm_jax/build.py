@@ -65,7 +65,9 @@ def image_spec(cfg: Any, config: presets.InternVLConfig) -> ImageSpec:
     return ImageSpec(cfg.images.max_tiles, size, tokens, cfg.images.tile_budget)
 
 
-def read_file(source: Any, field: str, *, outcome_required: bool = False) -> Sequence[Example | InputError]:
+def read_file(
+    source: Any, field: str, *, outcome_required: bool = False, labels_required: bool = True
+) -> Sequence[Example | InputError]:
     """The rows of a config's file or prepared directory (`train`, `meta`, `input`); `field` names it in messages.
 
     Raises:
@@ -76,7 +78,12 @@ def read_file(source: Any, field: str, *, outcome_required: bool = False) -> Seq
     if Path(source.path).is_dir():
         return prepared.PreparedExamples(source.path)
     root = source.images or Path(source.path).parent
-    return records.read_rows(source.path, root, outcome_required=outcome_required)
+    return records.read_rows(source.path, root, outcome_required=outcome_required, labels_required=labels_required)
+
+
+def reading(cfg: Any) -> batches.Reading:
+    """How batches are read ahead."""
+    return batches.Reading(cfg.data.threads, cfg.data.workers)
 
 
 def encoder(cfg: Any, model: Model) -> Callable[..., Dataset]:
@@ -149,7 +156,7 @@ def stream_of(cfg: Any, stream: str, dataset: Dataset) -> Callable[[int], Iterat
         dataset,
         plan_of(cfg, stream, dataset),
         num_inner_steps=cfg.num_inner_steps if stream == "train" else 1,
-        reading=batches.Reading(cfg.data.threads, cfg.data.workers),
+        reading=reading(cfg),
     )
 
 

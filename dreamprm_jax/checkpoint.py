@@ -1,7 +1,7 @@
 """Orbax checkpoints of a whole run, and the one place where a model is loaded from wherever it lies.
 
-A checkpoint holds the state of both levels and where each data stream stands: what a killed run needs to go
-on bit for bit. A workdir also keeps the model's config and tokenizer,
+A checkpoint holds the state of both levels and the number of the next step, of which every batch is a function: what
+a killed run needs to go on bit for bit. A workdir also keeps the model's config and tokenizer,
 so that it can be loaded by itself.
 """
 
@@ -32,7 +32,7 @@ class Snapshot(NamedTuple):
     """What is saved: everything but the config."""
 
     state: BilevelState
-    progress: dict[str, Any]  # JSON: the phase, its next step, each data stream's own state
+    progress: dict[str, Any]  # JSON: the phase, its next step, seconds so far
 
 
 class Checkpoints:

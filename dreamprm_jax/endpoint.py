@@ -161,7 +161,7 @@ async def _attempt(client: Any, request: dict[str, Any], timeout: float, key: st
     try:
         async with asyncio.timeout(timeout):  # the client's own timeout is for each read
             raw = await client.chat.completions.with_raw_response.create(**request)
-        return _read_reply(_without(json.loads(raw.content), key))
+        return _read_reply(_without(json.loads(raw.content), key), key)
     except openai.APIStatusError as error:
         return _status_failure(error, key)
     except (openai.APITimeoutError, TimeoutError):
@@ -178,8 +178,8 @@ def _without(value: Any, key: str) -> Any:
     return json.loads(redact(json.dumps(value), json.dumps(key)[1:-1]))
 
 
-def _read_reply(body: dict[str, Any]) -> Reply:
-    choices = [_read_choice(choice) for choice in body["choices"]]
+def _read_reply(body: dict[str, Any], key: str) -> Reply:
+    choices = [_read_choice(choice, key) for choice in body["choices"]]
     if not choices:
         raise ValueError("no choices")
     usage = body.get("usage") or {}
@@ -191,7 +191,7 @@ def _read_reply(body: dict[str, Any]) -> Reply:
     )
 
 
-def _read_choice(choice: dict[str, Any]) -> Candidate:
+def _read_choice(choice: dict[str, Any], key: str) -> Candidate:
     """Some servers send text in parts, some refuse in a field of its own."""
     message = choice["message"]
     content = message.get("content")
@@ -203,7 +203,7 @@ def _read_choice(choice: dict[str, Any]) -> Candidate:
     if not text.strip():
         text = refusal if isinstance(refusal, str) else ""
     # half a surrogate pair, of a server that cuts UTF-16: no file can hold it
-    text = text.encode("utf-8", "replace").decode()
+    text = redact(text.encode("utf-8", "replace").decode(), key)  # its parts may make up the key
     return Candidate(text, str(choice.get("finish_reason") or ""), refused)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dreamprm_jax.data import raw
-from dreamprm_jax.data.answers import extract_answer, is_right
+from dreamprm_jax.data.answers import NO_RESPONSE, extract_answer, is_right
 from dreamprm_jax.data.bad_rows import RAISE, settle
 from dreamprm_jax.data.example import Question
 from dreamprm_jax.data.formats.mmmu import parse_question, question_turn, right_answers
@@ -43,9 +43,6 @@ from dreamprm_jax.metrics import METRICS_FILE, write_json_lines, write_text
 
 JOURNAL_FILE = "journal.jsonl"
 CANDIDATES_FILE, RESPONSES_FILE = "candidates.jsonl", "responses.jsonl"
-NO_RESPONSE = "(no response)"
-"""Stands for a candidate without text, so that every question has its N; it is wrong and has one step."""
-
 _MANY_REFUSED = (400, 422)  # what servers answer to `n` above 1 where they know no such thing
 
 
@@ -187,7 +184,10 @@ def _check_output(output: Path, input_path: str) -> None:
         raise InputError(f"--config.output={output}: is the input file itself; give another file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        written = output.exists()
         output.open("a").close()
+        if not written:
+            output.unlink()  # only now that it is known to be possible
     except OSError as error:
         raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
 
@@ -301,13 +301,14 @@ async def _ask_pending(pending, settings, prompts, sampling, key, receive) -> in
             try:
                 while not stop.is_set() and len(item.candidates) < settings.num_candidates:
                     receive(item, await _ask_once(item, settings, prompts, sampling, send))
-            except RequestFailed as error:
-                if settings.on_error == "stop" or error.status in (401, 403, 404):
-                    errors.append(InputError(f"{item.question.place}: {error}"))
+            except InputError as error:  # RequestFailed, or an image that cannot be decoded
+                message = str(error).removeprefix(f"{item.question.place}: ")
+                if settings.on_error == "stop" or getattr(error, "status", None) in (401, 403, 404):
+                    errors.append(InputError(f"{item.question.place}: {message}"))
                     stop.set()
                 else:
                     skipped.append(item)
-                    tqdm.write(f"{item.question.place}: skipped: {error}", file=sys.stderr)
+                    tqdm.write(f"{item.question.place}: skipped: {message}", file=sys.stderr)
             except _Stopped:
                 return
             if stop.is_set():

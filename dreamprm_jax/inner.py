@@ -85,7 +85,7 @@ def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
             raise ValueError(f"a meta batch of {num_rows} rows cannot be taken {size} at a time: give a divisor")
         real = jnp.sum(real_rows(batch, jnp.zeros(num_rows)).reshape(-1, size), axis=1)
         shares = real / jnp.maximum(jnp.sum(real), 1)  # of each chunk
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(num_rows // size, size, *leaf.shape[1:]), batch)
 
         def add(total: PyTree, part: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
             share, chunk = part

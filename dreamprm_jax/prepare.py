@@ -30,7 +30,6 @@ import numpy as np
 from dreamprm_jax.data import builders, passes, prepared, raw
 from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.choice import choose, first_of_each
-from dreamprm_jax.data.formats.mmmu import question_key
 from dreamprm_jax.data.passes import BAD, Dropped, Settings
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.workers import Task, open_workers, run_tasks
@@ -47,6 +46,7 @@ class Table(NamedTuple):
     part: np.ndarray  # int64 [N]
     row: np.ndarray  # int64 [N]: number in its file
     key: np.ndarray  # uint64 [N]
+    verdict: np.ndarray  # uint32 [N]: equal for copies that agree
     stratum: np.ndarray  # int64 [N]: by the order of their names
     source: np.ndarray  # int64 [N]: index into `sources`
     sources: list[str]
@@ -93,7 +93,9 @@ def run_prepare(cfg: Any, workdir: Path) -> dict[str, Any]:
 
 def _summary(report: dict, directory: Path) -> dict[str, Any]:
     """The report without its long lists."""
-    return {"directory": str(directory)} | {k: v for k, v in report.items() if k not in ("files", "shards")}
+    return {"directory": str(directory)} | {
+        name: value for name, value in report.items() if name not in ("files", "shards", "by_source")
+    }
 
 
 def _source(options: Any) -> builders.Source:
@@ -129,6 +131,7 @@ def _prepare(
     repeats = settings.source.builder in builders.REPEATING_BUILDERS
     copies = np.zeros(len(table.key), bool) if repeats else ~first_of_each(table.key)
     dropped += _copies(table, copies, parts)
+    strays = builders.count_strays(settings.source)
     chosen, more = _look(settings, parts, table, ~copies, options.sample, on_error, workers)
     dropped += more
     if not len(chosen):
@@ -137,6 +140,8 @@ def _prepare(
     incomplete = directory.with_name(directory.name + prepared.UNFINISHED)
     shards = _write(settings, parts, table, chosen, incomplete, workers)
     report = _report(record, num_read, table, dropped, options.sample, shards)
+    if strays:
+        report["responses_without_question"] = strays
     _finish(settings.source.builder, incomplete, report, [shard.shard for shard in shards], sorted(dropped))
     os.replace(incomplete, directory)
     return report
@@ -146,10 +151,22 @@ def _prepare(
 
 
 def _record(cfg: Any, source: builders.Source, cut: list[raw.RawFile]) -> dict[str, Any]:
-    """All that the set follows from."""
+    """All that the set follows from, but for the images: reading those again would take as long as preparing."""
     options = {name: cfg.prepare[name] for name in ("exclude", "sample", "balance")}
-    files = [{"name": file.name, "rows": file.rows, "sha256": file.sha256} for file in cut]
+    files = [{"name": f.name, "rows": f.rows, "sha256": f.sha256} for f in (*cut, *_besides(cfg, source))]
     return {"options": {**source._asdict(), "seed": cfg.seed, **options}, "files": files}
+
+
+def _besides(cfg: Any, source: builders.Source) -> Iterator[raw.RawFile]:
+    """What the rows follow from beside their own files: questions or responses, and what is excluded."""
+    others = {"exclude": cfg.prepare.exclude}
+    others |= {"questions": source.source} if source.builder == "mmmu_pro" else {"responses": source.responses}
+    for what, path in others.items():
+        if path and prepared.is_prepared(path):
+            yield raw.RawFile(f"{what}: {path}", 0, prepared.fingerprint(path), ())
+        elif path:
+            for name, file in raw.find_files(path).items():
+                yield raw.cut(name, file)._replace(name=f"{what}: {name}")
 
 
 def _finished(directory: Path, record: dict) -> dict[str, Any]:
@@ -200,12 +217,13 @@ def _write_excluded(options: Any, work: Path) -> None:
     if path.is_file():
         return
     questions = builders.read_questions(options.exclude, None) if options.exclude else ()
-    found = [
-        (question.id, question_key(question.text), [prepared.pixel_hash(i, question.place) for i in question.images])
-        for question in questions
-    ]
-    pixels = sorted({pixel for _, _, images in found for pixel in images})
-    passes.write_json(path, {"ids": [row[0] for row in found], "texts": [row[1] for row in found], "pixels": pixels})
+    ids, texts, pixels = [], [], set()
+    for question in questions:
+        if not question.id.isdecimal():  # a number is but the place in a file without ids
+            ids.append(question.id)
+        texts.append(builders.text_to_exclude(question))
+        pixels |= {prepared.pixel_hash(image, question.place) for image in question.images}
+    passes.write_json(path, {"ids": ids, "texts": texts, "pixels": sorted(pixels)})
 
 
 # --- Choosing.
@@ -223,7 +241,7 @@ def _read_scans(work: Path, parts: list[tuple]) -> tuple[Table, list[Dropped]]:
 
     rows = np.concatenate([scan.rows for scan in scans])
     part = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans])
-    table = Table(part, rows["row"], rows["key"], column("stratum"), column("source"), names)
+    table = Table(part, rows["row"], rows["key"], rows["verdict"], column("stratum"), column("source"), names)
     return table, [row for scan in scans for row in scan.dropped]
 
 
@@ -232,7 +250,12 @@ def _copies(table: Table, copies: np.ndarray, parts: list[tuple]) -> list[Droppe
     order = np.argsort(table.key, kind="stable")
     first = order[np.searchsorted(table.key[order], table.key[found])]
     return [
-        Dropped(parts[table.part[i]][0].file, int(table.row[i]), "duplicate", f"of {_place(table, j, parts)}")
+        Dropped(
+            parts[table.part[i]][0].file,
+            int(table.row[i]),
+            "duplicate" if table.verdict[i] == table.verdict[j] else "duplicate with other labels",
+            f"of {_place(table, j, parts)}",
+        )
         for i, j in zip(found, first, strict=True)
     ]
 
@@ -405,6 +428,9 @@ def _table(report: dict, directory: Path, seconds: float) -> str:
     bad = sum(count for kind, count in report["dropped"].items() if kind.startswith(BAD))
     if bad:
         lines.append(f"WARNING: {bad} rows cannot be used; {directory / DROPPED_FILE} says which and why")
+    if "responses_without_question" in report:
+        strays = report["responses_without_question"]
+        lines.append(f"WARNING: {strays} responses are to no question of the source and are left out")
     if report["short_of_sample"]:
         lines.append(f"WARNING: the sample is {report['short_of_sample']} rows short: there are no more")
     if report["counts"].get(passes.VALIDATION):

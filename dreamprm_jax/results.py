@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,10 @@ def training_losses(cfg: Any, model: Model, train: Dataset) -> np.ndarray:
     problem = build.prm_problem(cfg, model, uniform().apply, optax.identity())
     losses_of = jax.jit(lambda params, batch: problem.losses(params, batch)[0])
     found = np.zeros(len(train))
-    for batch in batches.ordered_batches(train, max(64, cfg.batch_size)):
-        values = np.asarray(losses_of(model.params, batch))
-        found[batch.example_id[batch.example_mask]] = values[batch.example_mask]
+    with closing(batches.ordered_batches(train, max(64, cfg.batch_size), build.reading(cfg))) as stream:
+        for batch in stream:
+            values = np.asarray(losses_of(model.params, batch))
+            found[batch.example_id[batch.example_mask]] = values[batch.example_mask]
     return found
 
 

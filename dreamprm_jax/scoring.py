@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +32,9 @@ class ChainScores(NamedTuple):
     response: float  # `full`, aggregated
 
 
-def score_dataset(model: Model, dataset: Dataset, *, batch_size: int, aggregate: str) -> list[ChainScores]:
+def score_dataset(
+    model: Model, dataset: Dataset, *, batch_size: int, aggregate: str, reading: batches.Reading = batches.READING
+) -> list[ChainScores]:
     """Scores every usable chain, in the data set's order.
 
     Chains of like length share a batch, so that padding stays small; neither the batch nor the padding
@@ -45,8 +50,11 @@ def score_dataset(model: Model, dataset: Dataset, *, batch_size: int, aggregate:
         return full, losses.step_scores_two_token(logits, plus, minus), response
 
     results: dict[int, ChainScores] = {}
-    with tqdm(total=len(dataset.rows), unit="chain", desc="score", mininterval=1.0) as bar:
-        for batch in batches.ordered_batches(dataset, batch_size):
+    with (
+        tqdm(total=len(dataset.rows), unit="chain", desc="score", mininterval=1.0) as bar,
+        closing(batches.ordered_batches(dataset, batch_size, reading)) as stream,
+    ):
+        for batch in stream:
             arrays = jax.device_get(scores(model.params, batch))
             for slot in np.flatnonzero(batch.example_mask):
                 full, two_token, response = (array[slot] for array in arrays)
@@ -60,6 +68,23 @@ def with_plus_history(example: Example) -> Example:
     """The chain as it stands when it is judged: every earlier step was accepted, so every label is "+"."""
     turns = tuple(turn._replace(text=PLUS) if turn.role == GPT else turn for turn in example.turns)
     return example._replace(turns=turns)
+
+
+def _judged(row: Example | InputError) -> Example | InputError:
+    return row if isinstance(row, InputError) else with_plus_history(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """The rows of a prepared set `with_plus_history`, read when they are needed."""
+
+    rows: Sequence[Example]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Example:
+        return with_plus_history(self.rows[row])
 
 
 def score_line(dataset: Dataset, row: int, scores: ChainScores) -> dict[str, Any]:
@@ -85,9 +110,10 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: before anything is compiled, the first row that cannot be scored, or an output that cannot be written.
     """
-    examples = build.read_file(cfg.input, "input")
-    if cfg.score.history == "plus":
-        examples = [row if isinstance(row, InputError) else with_plus_history(row) for row in examples]
+    judged = cfg.score.history == "plus"
+    examples = build.read_file(cfg.input, "input", labels_required=not judged)
+    if judged:
+        examples = list(map(_judged, examples)) if isinstance(examples, list) else _Judged(examples)
     model = load_model(cfg.model, cfg.seed)
     dataset = build.encoder(cfg, model)(examples)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
@@ -100,7 +126,8 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
     began = time.perf_counter()
-    scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate)
+    reading = build.reading(cfg)
+    scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate, reading=reading)
     lines = [score_line(dataset, *scored) for scored in zip(dataset.rows.tolist(), scores, strict=True)]
     write_json_lines(output, lines)
     result = {"num_chains": len(lines), "mean_score": float(np.mean([s.response for s in scores]))}

@@ -40,18 +40,25 @@ def run_tasks(workers: Sequence[Executor], title: str, function: Callable[..., N
         while waiting or running:
             while waiting and idle:
                 worker, task = idle.pop(), waiting.pop()
-                running[worker.submit(function, *task.arguments)] = worker, task
+                with _killed(title, task):
+                    running[worker.submit(function, *task.arguments)] = worker, task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 worker, task = running.pop(future)
-                try:
+                with _killed(title, task):
                     future.result()
-                except BrokenProcessPool as error:
-                    raise InputError(
-                        f"{title}, {task.name}: the process that worked on it was killed; where memory ran out, lower "
-                        "--config.prepare.processes. The same command goes on"
-                    ) from error
                 idle.append(worker)
                 bar.update(task.rows)
+
+
+@contextlib.contextmanager
+def _killed(title: str, task: Task) -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{title}, {task.name}: the process that worked on it was killed; where memory ran out, lower "
+            "--config.prepare.processes. The same command goes on"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dreamprm_jax.data import batches, dataset
-from dreamprm_jax.data.bad_rows import OnError
+from dreamprm_jax.data.bad_rows import RAISE, OnError, settle
 from dreamprm_jax.data.dataset import encode_all, with_shapes
 from dreamprm_jax.errors import InputError
 from tests.test_batches import ROWS, SPEC, TOKENIZER, assert_same, encode, png, text_only
@@ -33,24 +33,45 @@ def test_kept_tiles_are_the_ones_on_file(monkeypatch):
     assert_same(batches.collate(unkept, [0, 1, 2, 3]), batches.collate(kept, [0, 1, 2, 3]))
 
 
+def test_a_cut_image_is_found_before_the_run(monkeypatch):
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 0)
+    whole = png(56, 28, 7)
+    with pytest.raises(InputError, match='train row 0: "image"'):
+        encode([ROWS.train[0]._replace(images=(whole[:-30],))])
+
+
+def test_an_image_that_changes_during_the_run_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 0)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(56, 28, 7))
+    found = encode([ROWS.train[0]._replace(images=(path,))])
+    path.write_bytes(png(28, 28, 7))
+    with pytest.raises(InputError, match='train row 0: "image" changed on disk'):
+        batches.collate(found, [0])
+
+
 def test_rows_on_disk_give_the_batches_of_rows_in_memory():
     rows = [text_only(row) if index % 2 else row for index, row in enumerate(ROWS.train[:6])]
+    rows = [row._replace(dataset=f"source {index % 2}") for index, row in enumerate(rows)]
     on_disk, in_memory = encode(OnDisk(rows), max_shapes=2), encode(rows, max_shapes=2)
     assert on_disk.encoded is on_disk.tiles is None
     assert on_disk.padded == in_memory.padded
     assert (on_disk.ids, on_disk.domains) == (in_memory.ids, in_memory.domains)
+    assert on_disk.domains == ("source 0", "source 1") * 3
     assert_same(batches.collate(on_disk, [3, 0, 5]), batches.collate(in_memory, [3, 0, 5]))
 
 
 def test_memory_does_not_grow_with_rows_on_disk():
-    """Beyond their lengths and ids: 400 bytes a row, where a row takes kilobytes."""
+    """Beyond their lengths and ids, where a row takes kilobytes. Bad rows leave their message alone."""
     peaks = []
+    good = ROWS.train[0]
+    rows = [good, good._replace(images=(), soft_labels=(0.5,) * 50_000)]
     for length in (1000, 4000):
         tracemalloc.start()
-        encode(OnDisk(ROWS.train[:2], length))
+        encode(OnDisk(rows, length), on_error=OnError("skip", 0.5))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 3000 < 1000
+    assert (peaks[1] - peaks[0]) / 3000 < 1500
 
 
 def test_outcome_targets_change_the_labels_and_not_the_text():
@@ -94,6 +115,7 @@ def test_bad_rows_end_the_run_or_are_skipped_and_counted(capsys):
     found = encode(three_bad_of_ten(), on_error=OnError("skip", 0.3))
     assert found.skipped == {"id": 1, "image": 2}
     assert len(found) == 10
+    assert len(found.padded.shapes) == 1  # skipped rows, of no length, have none
     assert found.rows.tolist() == [0, 1, 3, 5, 6, 8, 9]
     told = capsys.readouterr().err
     assert 'skipped 1 bad row(s) of kind id, the first: x.json row 2: "id" is missing' in told
@@ -114,6 +136,10 @@ def test_too_many_bad_rows_end_the_run_all_the_same():
     message = r"3 of 10 rows are bad, more than data.max_bad_share=0.29; correct the file"
     with pytest.raises(InputError, match=message):
         encode(three_bad_of_ten(), on_error=OnError("skip", 0.29))
+    bad = {row: InputError(f"row {row}") for row in range(28, -1, -1)}
+    assert settle(bad, 100, OnError("skip", 0.29)) == {"row": 29}  # just as many as may be
+    with pytest.raises(InputError, match=r"^row 0 \(and 28 more bad rows\)$"):
+        settle(bad, 100, RAISE)
     with pytest.raises(InputError, match="1 of 1 rows are bad"):
         encode(three_bad_of_ten()[2:3], on_error=OnError("skip", 1.0))
 

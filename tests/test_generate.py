@@ -17,6 +17,7 @@ from chat_server import picture, serving
 from configs import base
 from dreamprm_jax import endpoint, generate
 from dreamprm_jax.data import prepared
+from dreamprm_jax.data.answers import NO_RESPONSE
 from dreamprm_jax.data.example import Question
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.prepare import run_prepare
@@ -180,7 +181,7 @@ def test_odd_answers_are_counted_and_keep_their_place(questions, tmp_path):
     with serving(behave) as server:
         summary = run(server, questions, tmp_path / "work", concurrency=1)
     rows = rows_of(tmp_path / "work" / "candidates.jsonl")
-    assert rows[0]["candidates"] == [RIGHT, generate.NO_RESPONSE]
+    assert rows[0]["candidates"] == [RIGHT, NO_RESPONSE]
     assert rows[1]["candidates"] == ["Long, and cut", "I cannot help with that."]
     assert rows[1]["refused"] == [False, True] and rows[1]["finish_reasons"] == ["length", "stop"]
     assert rows[2]["candidates"] == ["Answer: 12", "? Answer: 12"]
@@ -357,7 +358,7 @@ def test_a_killed_run_goes_on(questions, tmp_path, sign):
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[sign]
         assert "Traceback" not in stderr
         assert len(rows_of(tmp_path / "work" / "journal.jsonl")) == kept
-        assert not (tmp_path / "work" / "candidates.jsonl").read_text()
+        assert not (tmp_path / "work" / "candidates.jsonl").exists()
         run(server, questions, tmp_path / "work", concurrency=1)
         assert len(server.bodies) == 2 + 3 - kept
     assert [row["id"] for row in rows_of(tmp_path / "work" / "candidates.jsonl")] == ["q0", "q1", "q2"]
@@ -455,6 +456,27 @@ def test_a_bad_row_or_image_is_named(questions, tmp_path):
         with pytest.raises(InputError, match="no such file or prepared directory"):
             run(server, tmp_path / "none.jsonl", tmp_path / "work")
         assert not server.bodies
+
+
+def test_an_image_that_cannot_be_decoded_costs_no_other_answer(questions, tmp_path):
+    """Its header is whole, so that it is found only when it is to be scaled."""
+    whole = picture("JPEG", (64, 64))
+    (tmp_path / "b.jpg").write_bytes(whole[:-40])
+    with serving(answer_right) as server:
+        with pytest.raises(InputError, match=r'questions.jsonl row 1: "image"'):
+            run(server, questions, tmp_path / "work", max_image_side=2)
+        kept = len(rows_of(tmp_path / "work" / "journal.jsonl"))
+        assert kept == len(server.bodies)
+        summary = run(server, questions, tmp_path / "work", max_image_side=2, on_error="skip")
+        assert (summary["num_questions"], summary["num_skipped"]) == (2, 1)
+        assert len(server.bodies) == 2
+
+
+def test_a_key_in_pieces_is_no_key_in_the_files(questions, tmp_path):
+    parts = [{"type": "text", "text": text} for text in (KEY[:9], KEY[9:])]
+    with serving(lambda call, body, number: call.answer(*[parts] * body.get("n", 1))) as server:
+        run(server, questions, tmp_path / "work")
+    assert KEY.encode() not in everything_written(tmp_path / "work")
 
 
 def test_the_first_questions_alone(questions, tmp_path):

@@ -178,6 +178,12 @@ def test_a_meta_loss_in_parts_needs_a_divisor():
         inner.micro_batched(lambda params, batch: (0.0, {}), 4)({}, {"x": jnp.zeros((6, 1))})
 
 
+def test_a_meta_batch_without_tiles_may_be_taken_in_parts():
+    batch = {"x": jnp.ones((4, 1)), "tiles": jnp.zeros((4, 0, 2, 2, 3))}
+    loss = lambda params, batch: (jnp.mean(params * batch["x"]) + jnp.sum(batch["tiles"]), {})  # noqa: E731
+    assert jax.grad(inner.micro_batched(loss, 2), has_aux=True)(jnp.ones([]), batch)[0] == 1.0
+
+
 def test_a_meta_loss_in_parts_keeps_the_activations_of_one():
     """Read off the program: no array of the whole batch's activations, forward or back."""
 

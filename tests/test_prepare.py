@@ -67,6 +67,10 @@ def source(tmp_path, rows):
     return folder
 
 
+def kept_by_source(summary):
+    return json.loads((Path(summary["directory"]) / "report.json").read_text())["by_source"]
+
+
 def config(source, output, builder="visualprm400k", **options):
     cfg = prepare_config.get_config(builder)
     cfg.seed = options.pop("seed", 0)
@@ -106,7 +110,7 @@ def test_every_row_comes_in_the_files_order(source, rows, tmp_path):
         assert example.soft_labels == tuple(step["score"] for step in steps)
         assert len(example.images) == (number % 7 > 0)
         assert example.turns[-2].text == steps[-1]["step"] or len(steps) == 1
-    assert summary["by_source"] == {name: {"usable": n, "kept": n} for name, n in (("ai2d", 25), ("geometry3k", 15))}
+    assert kept_by_source(summary) == {name: {"usable": n, "kept": n} for name, n in (("ai2d", 25), ("geometry3k", 15))}
     assert summary["counts"]["steps +"] == sum(turn.text == "+" for row in found for turn in row.turns)
     assert len(tfds.builder_from_directory(summary["directory"]).as_data_source("train")) == 40
     shards = sorted(Path(summary["directory"]).glob("*.array_record*"))
@@ -133,11 +137,11 @@ def test_bad_rows_are_left_out_and_accounted_for(rows, images, tmp_path, capsys)
     summary, found = prepared(source, tmp_path / "out", max_bad_share=0.2)
     assert (summary["read"], summary["kept"]) == (40, 34)
     assert summary["dropped"] == {
-        "bad: image": 2, "bad: not JSON": 2, "bad: steps_with_score": 1, "duplicate": 1,
+        "bad: image": 2, "bad: JSON": 2, "bad: steps_with_score": 1, "duplicate": 1,
     }  # fmt: skip
     assert [(row["row"], row["kind"]) for row in dropped(summary)] == [
-        (2, "bad: not JSON"), (5, "bad: image"), (9, "bad: image"), (11, "bad: steps_with_score"),
-        (13, "bad: not JSON"), (20, "duplicate"),
+        (2, "bad: JSON"), (5, "bad: image"), (9, "bad: image"), (11, "bad: steps_with_score"),
+        (13, "bad: JSON"), (20, "duplicate"),
     ]  # fmt: skip
     reasons = [row["reason"] for row in dropped(summary)]
     assert '"images/none.png" is no file under' in reasons[1]
@@ -156,7 +160,7 @@ def test_too_many_bad_rows_are_an_error_and_more_patience_or_a_mended_file_is_ta
         InputError, match=r"^a.jsonl row 2: not valid JSON .* \(and 3 more bad rows: .*dropped.jsonl\)$"
     ):
         prepared(source, tmp_path / "out", on_error="raise")
-    message = r"4 of 40 rows cannot be used \(bad: not JSON: 2, .*share=0.05; all are in .*, the first is a.jsonl row 2"
+    message = r"4 of 40 rows cannot be used \(bad: JSON: 2, .*share=0.05; all are in .*, the first is a.jsonl row 2"
     with pytest.raises(InputError, match=message):
         prepared(source, tmp_path / "out", max_bad_share=0.05)
     assert len((work / "dropped.jsonl").read_text().splitlines()) == 4
@@ -201,9 +205,9 @@ def test_a_sample_is_balanced_and_a_small_stratum_is_filled_up(source, tmp_path)
     write_lines(stale, ["of a killed writer"])
     summary, _ = prepared(source, tmp_path / "a", sample=20, balance="source")
     assert not list(Path(summary["directory"]).glob("*.tmp"))
-    assert {name: n["kept"] for name, n in summary["by_source"].items()} == {"ai2d": 10, "geometry3k": 10}
+    assert {name: n["kept"] for name, n in kept_by_source(summary).items()} == {"ai2d": 10, "geometry3k": 10}
     summary, _ = prepared(source, tmp_path / "b", sample=34, balance="source")
-    assert {name: n["kept"] for name, n in summary["by_source"].items()} == {"ai2d": 19, "geometry3k": 15}
+    assert {name: n["kept"] for name, n in kept_by_source(summary).items()} == {"ai2d": 19, "geometry3k": 15}
     _, found = prepared(source, tmp_path / "c", sample=10, balance="outcome")
     assert sum(builders.outcome_of(row) for row in found) == 5
     summary, _ = prepared(source, tmp_path / "d", sample=50)

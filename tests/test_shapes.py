@@ -51,6 +51,31 @@ def test_rows_alike_have_one_shape():
     assert shapes.choose(np.array([300, 20]), np.array([0, 0]), 11).shapes == ((24, 0), (304, 0))
 
 
+def test_tiles_cost_too():
+    """Joining rows of one tile count that differ by 100 tokens is cheaper than padding six tiles."""
+    num_tokens, num_tiles = np.repeat([1000, 1008, 900], 100), np.repeat([1, 7, 1], 100)
+    assert shapes.choose(num_tokens, num_tiles, 2).shapes == ((1000, 1), (1008, 7))
+
+
+def test_many_tile_counts_are_told_apart_by_quantiles():
+    rng = np.random.default_rng(0)
+    num_tiles = rng.integers(1, 300, 3000)
+    num_tokens = 256 * num_tiles + rng.integers(20, 900, 3000)
+    chosen = shapes.choose(num_tokens, num_tiles, 11)
+    assert chosen.padding < 0.15
+    assert chosen.shapes[-1].tiles == num_tiles.max()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_shapes_of_several_data_sets_are_no_more_than_asked_for(seed):
+    """Small sets pass over some numbers of shapes: one that holds every row comes on top."""
+    rng = np.random.default_rng(seed)
+    sets = [(rng.integers(20, 400, 12), rng.choice([0, 1, 3], 12)) for _ in range(2)]
+    for max_shapes in (2, 3, 7):
+        found = shapes.choose_together(sets, max_shapes)
+        assert sum(len(each.shapes) for each in found) <= max_shapes
+
+
 def test_data_sets_share_the_shapes_by_need():
     uneven, alike = lengths(0), (np.full(9, 16), np.full(9, 1))
     first, second = shapes.choose_together([uneven, alike], 11)

@@ -18,6 +18,9 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+NO_RESPONSE = "(no response)"
+"""Stands for a candidate without text, so that every question has its N; it is wrong and has one step."""
+
 _MARKUP = r"(?:[\s*_$\"'`:#>(\[{]|\\[(\[]|\\(?:boxed|text|textbf|mathrm|mathbf)\b)*+"
 _AFTER = (
     r"(?=[.):*_}\]$\\\"]|[ \t]*+(?:$|[(\u2013\u2014=-]))"  # after a letter that is an answer, not a word of a sentence

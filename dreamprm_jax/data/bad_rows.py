@@ -40,7 +40,7 @@ def settle(errors: Mapping[int, InputError], num_rows: int, on_error: OnError) -
     more = f" (and {len(by_row) - 1} more bad rows)" if len(by_row) > 1 else ""
     if on_error.action == "raise":
         raise InputError(f"{by_row[0]}{more}", kind=by_row[0].kind) from by_row[0]
-    if len(by_row) == num_rows or len(by_row) > on_error.max_share * num_rows:
+    if len(by_row) == num_rows or len(by_row) / num_rows > on_error.max_share:
         raise InputError(
             f"{by_row[0]}{more}: {len(by_row)} of {num_rows} rows are bad, more than data.max_bad_share="
             f"{on_error.max_share}; correct the file, or raise the share",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,9 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.types import Batch
 
 WINDOW = 256
-"""Batches among which rows of one shape are brought together."""
+"""Batches among which rows of one shape are brought together; fewer where an epoch has no more."""
+
+_PLANNING = threading.Lock()  # of the threads that read, one computes a window and the others wait for it
 
 
 class Reading(NamedTuple):
@@ -84,7 +87,7 @@ def read_order(path: str, dataset: Dataset) -> np.ndarray:
     """
     try:
         order = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a JSON list of row numbers ({error})") from error
     if not isinstance(order, list) or not order:
         raise InputError(f"{path}: must be a JSON list of row numbers, with at least one")
@@ -111,6 +114,7 @@ class Plan:
     num_batches: int
     seed: int
     shape_of: np.ndarray | None  # [N] the shape of each row; None: batches take the draws as they come
+    window_size: int = WINDOW  # batches
 
     def __len__(self) -> int:
         return self.num_batches
@@ -118,16 +122,18 @@ class Plan:
     def __getitem__(self, number: int) -> np.ndarray:
         if self.shape_of is None:
             return self._drawn(number, 1)
-        return _window(self, number // WINDOW)[number % WINDOW]
+        with _PLANNING:
+            window = _window(self, number // self.window_size)
+        return window[number % self.window_size]
 
     def _drawn(self, number: int, count: int) -> np.ndarray:
         start = number * self.batch_size
         return np.array([self.draws[i] for i in range(start, start + count * self.batch_size)], np.int32)
 
     def window(self, number: int) -> np.ndarray:
-        """The rows of the batches of one window, int [WINDOW or what is left, batch_size]."""
-        first = number * WINDOW
-        count = min(WINDOW, self.num_batches - first)
+        """The rows of the batches of one window, int [window_size or what is left, batch_size]."""
+        first = number * self.window_size
+        count = min(self.window_size, self.num_batches - first)
         drawn = self._drawn(first, count)
         alike = drawn[np.argsort(self.shape_of[drawn], kind="stable")].reshape(count, self.batch_size)
         return np.random.default_rng((self.seed, number)).permutation(alike)
@@ -143,7 +149,8 @@ def make_plan(
 ) -> Plan:
     """A seeded shuffle of the usable rows, new in every epoch, or `order` as it stands, over and over.
 
-    Batches run on across the epochs' borders, so no row is left out.
+    Batches run on across the epochs' borders, so no row is left out. Where rows of one shape are brought together, an
+    epoch's last and the next one's first batches may change places within a window.
     """
     rows = dataset.rows if order is None else order
     source = grain.MapDataset.source(rows).seed(seed)
@@ -156,6 +163,7 @@ def make_plan(
         num_batches=num_batches,
         seed=seed,
         shape_of=dataset.shape_of if together else None,
+        window_size=min(WINDOW, max(1, len(rows) // batch_size)),
     )
 
 
@@ -207,7 +215,7 @@ def _read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIte
 
 
 def _split_leaf(leaf: np.ndarray | None, num_inner_steps: int) -> np.ndarray | None:
-    return None if leaf is None else leaf.reshape(num_inner_steps, -1, *leaf.shape[1:])
+    return None if leaf is None else leaf.reshape(num_inner_steps, len(leaf) // num_inner_steps, *leaf.shape[1:])
 
 
 def count_visits(plan: Plan, num_rows: int) -> np.ndarray:

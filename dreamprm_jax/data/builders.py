@@ -7,28 +7,32 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreamprm_jax.data import raw
+from dreamprm_jax.data.answers import NO_RESPONSE
 from dreamprm_jax.data.example import GPT, HUMAN, MINUS, Example, ImageSource, Question
+from dreamprm_jax.data.fields import field_error
 from dreamprm_jax.data.formats import mmmu, visualprm, visualprocessbench
 from dreamprm_jax.data.formats.rules import LabelRule, Rules, content_id, rules_for
 from dreamprm_jax.data.prepared import PreparedQuestions, is_prepared
 from dreamprm_jax.errors import InputError
 
 QUESTION_BUILDERS = ("mmmu",)
+"""Builders of questions; the other ones' rows are chains."""
+
 REPEATING_BUILDERS = ("mmmu_pro", "visualprocessbench")
 """Equal rows are all kept: responses are draws (406 of the 1,656 published ones repeat another), and the rows of a
 benchmark are what they are."""
 
-"""Builders of questions; the other ones' rows are chains."""
-
 Row = Example | Question
 Parse = Callable[[Any, int, str], Row]
 
-_QUESTION = re.compile(r"### Question:\n(.*?)(?:\n\n### Solution Process:\n.*)?", re.DOTALL)
+_QUESTION = re.compile(r"### Question:\n(?:Question: )?(.*?)(?:\n\n### Solution Process:\n.*)?", re.DOTALL)
+_OPTIONS = "\n\nOptions: "
 _ANCHOR = 40  # characters by which a long question is found inside another text; a shorter one must be all of it
 
 
@@ -84,10 +88,15 @@ def _parse_visualprm(row: Any, index: int, place: str, rules: Rules) -> Example:
     return example._replace(id=content_id(example, rules.image_root)) if example.id == visualprm.NO_ID else example
 
 
+def image_root(source: Source) -> str:
+    """The directory that holds the images of the rows."""
+    path = raw.pattern_root(Path(source.source))
+    return source.images or str(path if path.is_dir() else path.parent)
+
+
 def _rules(source: Source) -> Rules:
-    path = Path(source.source)
-    root = source.images or str(path if path.is_dir() else path.parent)
-    return rules_for(root, labels=LabelRule(source.threshold, source.soft_labels), splitter=source.splitter)
+    labels = LabelRule(source.threshold, source.soft_labels)
+    return rules_for(image_root(source), labels=labels, splitter=source.splitter)
 
 
 # --- Questions and the responses to them.
@@ -132,7 +141,11 @@ def _questions(source: Source, unpacked: Path) -> dict[str, Question | InputErro
     questions: dict[str, Question | InputError] = {}
     for name, question in _questions_by_id(source.source, source.images):
         if name in questions:
-            raise InputError(f"{source.source}: two questions have the id {name!r}; take one of them out")
+            both = " and ".join(q.place for q in (questions[name], question) if isinstance(q, Question))
+            raise InputError(
+                f"{source.source}: two questions have the id {name!r} ({both or 'bad rows'}); take one of them out, or "
+                "give one subset's files alone"
+            )
         if isinstance(question, Question):
             question = question._replace(images=tuple(_unpack(image, unpacked) for image in question.images))
         questions[name] = question
@@ -144,7 +157,7 @@ def _parse_response(
 ) -> Example:
     question = questions.get(str(row.get("id"))) if isinstance(row, dict) else None
     if isinstance(question, InputError):
-        raise InputError(f'{place}: "id" is {row["id"]!r}, whose question cannot be used ({question})')
+        raise field_error(place, "id", f"is {row['id']!r}, whose question cannot be used ({question})")
     return mmmu.parse_response(row, index, place, questions, rules)
 
 
@@ -162,8 +175,24 @@ def _unpack(image: ImageSource, directory: Path) -> Path:
 def _parse_with_candidates(row: Any, index: int, place: str, source: Source, rules: Rules) -> Question:
     question = mmmu.parse_question(row, index, place, rules)
     given = _responses(source.responses).get(question.id, ()) if source.responses else ()
-    judged = [mmmu.parse_response(r, i, p, {question.id: question}, rules).true_false for r, i, p in given]
-    return question._replace(candidates=tuple(r["response"] for r, _, _ in given), true_false=tuple(map(bool, judged)))
+    texts, judged = [], []
+    for response, number, where in given:
+        if response.get("response") in (None, "") or not str(response["response"]).strip():
+            texts.append(NO_RESPONSE)  # a question keeps its N candidates
+            judged.append(False)
+            continue
+        found = mmmu.parse_response(response, number, where, {question.id: question}, rules)
+        texts.append(response["response"])
+        judged.append(bool(found.true_false))
+    return question._replace(candidates=tuple(texts), true_false=tuple(judged))
+
+
+def count_strays(source: Source) -> int:
+    """Responses to `mmmu` whose id no question has."""
+    if source.builder != "mmmu" or not source.responses:
+        return 0
+    ids = {name for name, _ in _questions_by_id(source.source, source.images)}
+    return sum(len(rows) for name, rows in _responses(source.responses).items() if name not in ids)
 
 
 @functools.cache
@@ -183,16 +212,22 @@ _RESPONSE = {"id", "response", "true_false", "if_right"}
 # --- What a row is named, grouped and left out by.
 
 
-def identity(row: Row, builder: str, images: str | None) -> str:
+def identity(row: Row, source: Source) -> str:
     """What a row says, as a text: rows of one identity are copies.
 
     A question's is its id with its text.
     """
     if isinstance(row, Question):
         return f"{row.id}\n{row.text}\n{row.options}"
-    if builder == "mmmu_pro":  # its images are those of the question
+    if source.builder == "mmmu_pro":  # its images are those of the question
         return f"{row.id} {content_id(row._replace(images=()))}"
-    return content_id(row, images)
+    return content_id(row, image_root(source))
+
+
+def verdict(row: Row) -> int:
+    """What copies may differ in, labels and outcome, as a number."""
+    labels = [] if isinstance(row, Question) else [turn.text for turn in row.turns if turn.role == GPT]
+    return zlib.crc32(json.dumps([labels, row.true_false]).encode())
 
 
 def source_of(row: Row) -> str:
@@ -213,13 +248,22 @@ class Excluded(NamedTuple):
     """Questions that must not come into a set, and their images."""
 
     ids: frozenset[str] = frozenset()
-    texts: frozenset[str] = frozenset()  # mmmu.question_key
+    texts: frozenset[str] = frozenset()  # `question_key`s
     anchored: Mapping[str, tuple[str, ...]] = {}  # long ones by their first characters
     pixels: frozenset[str] = frozenset()  # prepared.pixel_hash of each image
 
 
+def text_to_exclude(question: Question) -> str:
+    """The key that tells a question by its text; "" where the text does not.
+
+    A short one is a template that many questions share ("Who created <image 1>?"): it counts with its options alone.
+    """
+    key = mmmu.question_key(question.text)
+    return key if not key or len(key) >= _ANCHOR else mmmu.question_key(_question_text(question))
+
+
 def excluded(ids: list[str], texts: list[str], pixels: list[str]) -> Excluded:
-    """The questions with these ids, keys (`mmmu.question_key`) and images."""
+    """The questions with these ids, keys (`text_to_exclude`) and images."""
     anchored: dict[str, tuple[str, ...]] = {}
     for text in texts:
         if len(text) >= _ANCHOR:
@@ -241,11 +285,12 @@ def reason_to_exclude(row: Row, questions: Excluded) -> str | None:
 
 
 def _question_text(row: Row) -> str:
+    """Question and options; a chain's as its first turn has them."""
     if isinstance(row, Question):
-        return row.text
+        return "\n".join([row.text, *row.options])
     first = next(turn.text for turn in row.turns if turn.role == HUMAN)
     match = _QUESTION.fullmatch(first)
-    return match[1] if match else first
+    return (match[1] if match else first).replace(_OPTIONS, "\n")
 
 
 def _holds(key: str, questions: Excluded) -> bool:

@@ -212,7 +212,7 @@ def _check(examples: Sequence[Example | InputError], row: int, wanted: _Wanted) 
         encoded = _encode(example, wanted.tokenizer, wanted.images)
         check_length(encoded, wanted.context, example.place)
     except InputError as error:
-        return error
+        return InputError(str(error), kind=error.kind)  # without its frames, which hold the row's images
     lengths = (len(encoded.tokens), encoded.num_tiles, len(encoded.labels))
     return _Checked(*lengths, example.id, example.dataset, encoded if wanted.in_memory else None)
 

@@ -54,8 +54,11 @@ class Dropped(NamedTuple):
     reason: str
 
 
-COLUMNS = np.dtype([("row", np.int64), ("key", np.uint64), ("stratum", np.int64), ("source", np.int64)])
-"""Of a row that can be used: its number in the file; its choice.sample_key, equal for copies; indices into `names`."""
+COLUMNS = np.dtype(
+    [("row", np.int64), ("key", np.uint64), ("verdict", np.uint32), ("stratum", np.int64), ("source", np.int64)]
+)
+"""Of a row that can be used: its number in the file; its choice.sample_key, equal for copies; its builders.verdict, in
+which copies may differ; indices into `names`."""
 
 
 class Scan(NamedTuple):
@@ -67,11 +70,8 @@ class Scan(NamedTuple):
 
 
 def dropped_for(error: InputError, file: str, row: int) -> Dropped:
-    """A bad row; its kind is the field that the message names, else what it is not ("JSON")."""
-    reason = str(error).removeprefix(f"{file} row {row}: ")
-    quoted, _, rest = reason.removeprefix('"').partition('"')
-    field = quoted.partition("[")[0].partition(".")[0] if reason.startswith('"') and rest else "not JSON"
-    return Dropped(file, row, BAD + field, reason)
+    """A bad row."""
+    return Dropped(file, row, BAD + error.kind, str(error).removeprefix(f"{file} row {row}: "))
 
 
 # --- Scan.
@@ -94,9 +94,9 @@ def scan(settings: Settings, index: int, part: Part, path: Path) -> None:
         if reason:
             dropped.append(Dropped(part.file, number, f"excluded: {reason}", f"{reason} of a question of exclude"))
             continue
-        key = sample_key(settings.seed, builders.identity(row, settings.source.builder, settings.source.images))
+        key = sample_key(settings.seed, builders.identity(row, settings.source))
         groups = (names.setdefault(name, len(names)) for name in (_stratum(row, settings.balance), _source(row)))
-        rows.append((number, key, *groups))
+        rows.append((number, key, builders.verdict(row), *groups))
     file = io.BytesIO()
     text = np.frombuffer(json.dumps([list(names), dropped]).encode(), np.uint8)
     np.savez(file, rows=np.array(rows, COLUMNS), text=text)
@@ -149,7 +149,7 @@ def look(settings: Settings, turn: int, index: int, part: Part, path: Path, rows
         try:
             hashes = {_look_at(image, bool(pixels)) for image in row.images}
         except InputError as error:
-            dropped.append(dropped_for(InputError(f"{row.place}{error}"), part.file, row.row))
+            dropped.append(dropped_for(InputError(f"{row.place}{error}", kind=error.kind), part.file, row.row))
             continue
         if hashes & pixels:
             dropped.append(Dropped(part.file, row.row, "excluded: image", "an image of a question of exclude"))

@@ -52,12 +52,17 @@ class RawFile(NamedTuple):
 
 
 def find_files(source: str | Path) -> dict[str, Path]:
-    """The raw files that a path means, by name: the file itself, or those of a directory, in the order of their names.
+    """The raw files that a path means, by name: the file itself, those of a directory, or those of a pattern.
+
+    In the order of their names. A pattern, `MMMU/*/validation-*.parquet`, names files from its first folder without a
+    wildcard on.
 
     Raises:
       InputError: there is none.
     """
     source = Path(source)
+    if any(sign in str(source) for sign in "*?["):
+        return _matching(source)
     if source.is_file():
         return {source.name: source}
     if not source.is_dir():
@@ -67,6 +72,22 @@ def find_files(source: str | Path) -> dict[str, Path]:
     if not files:
         raise InputError(f"{source}: holds no raw file; they end in {', '.join(SUFFIXES)}")
     return dict(sorted(files.items()))
+
+
+def pattern_root(pattern: Path) -> Path:
+    """The folder above the first wildcard of a path; the path itself where it has none."""
+    parts = pattern.parts
+    plain = next((i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
+    return Path(*parts[:plain])
+
+
+def _matching(pattern: Path) -> dict[str, Path]:
+    root = pattern_root(pattern)
+    found = sorted(root.glob(str(pattern.relative_to(root))))
+    files = {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
+    if not files:
+        raise InputError(f"{pattern}: no file is named so; give raw files ({', '.join(SUFFIXES)})")
+    return files
 
 
 def cut(name: str, path: Path, part_rows: int = PART_ROWS) -> RawFile:
@@ -112,11 +133,12 @@ def _parsed(parse: Callable[[], Any], place: str) -> Any:
     try:
         return parse()
     except UnicodeDecodeError as error:
-        return InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
+        return InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8", kind="JSON")
     except RecursionError:
-        return InputError(f"{place}: not valid JSON (nested too deeply); correct it")
+        return InputError(f"{place}: not valid JSON (nested too deeply); correct it", kind="JSON")
     except ValueError as error:
-        return InputError(f"{place}: not valid JSON ({error}); correct it, or write the file again if it was cut")
+        advice = "correct it, or write the file again if it was cut"
+        return InputError(f"{place}: not valid JSON ({error}); {advice}", kind="JSON")
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -251,5 +273,5 @@ def _read_parquet(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=range(part.start, part.stop)):
                 for value in batch.to_pylist():
                     yield lambda value=value: value
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # also values that Python has no type for
             raise _unreadable(part.file, error) from error

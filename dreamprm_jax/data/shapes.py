@@ -1,4 +1,4 @@
-"""The padded shapes of a data set's rows, chosen from the data: each one is a program to compile.
+"""The padded shapes of a data set's rows, chosen from the data: few, as each is a program to compile.
 
 Rows are padded to the cheapest shape that holds them. A few shapes that follow the lengths leave little padding;
 the merging that finds them starts from many and joins, time after time, the two that cost least to join.
@@ -18,7 +18,7 @@ tokens of the language model's work); at that price a few shapes all go into exa
 third. Tiles are padded little either way, since most tokens of a row are its tiles'."""
 
 _FINEST = 16
-"""Lengths told apart for one number of tiles, before the merging."""
+"""Numbers of tiles told apart before the merging, and lengths for each of them."""
 
 
 class Shape(NamedTuple):
@@ -55,12 +55,18 @@ def choose_together(lengths: Sequence[tuple[np.ndarray, np.ndarray]], max_shapes
     """
     histories = [_history(*each, max_shapes) for each in lengths]
     counts = [0] * len(histories)  # index of the present choice
-    for _ in range(max_shapes - len(histories)):
-        growing = [i for i, history in enumerate(histories) if counts[i] + 1 < len(history)]
+    spare = max_shapes - len(histories)
+    while True:
+        added = [  # by the next choice of each: more than one where a number of shapes is passed over
+            len(history[count + 1].shapes) - len(history[count].shapes) if count + 1 < len(history) else spare + 1
+            for history, count in zip(histories, counts, strict=True)
+        ]
+        growing = [i for i, more in enumerate(added) if more <= spare]
         if not growing:
             break
         worst = max(growing, key=lambda i: histories[i][counts[i]].padding)
         counts[worst] += 1
+        spare -= added[worst]
     return [history[count] for history, count in zip(histories, counts, strict=True)]
 
 
@@ -90,15 +96,25 @@ def _history(num_tokens: np.ndarray, num_tiles: np.ndarray, max_shapes: int) -> 
 
 
 def _cells(num_tokens: np.ndarray, num_tiles: np.ndarray) -> list[tuple[int, int, int]]:
-    """(tokens, tiles, rows): for each number of tiles the quantiles of the lengths."""
-    cells = []
-    for tiles in np.unique(num_tiles):
-        lengths = num_tokens[num_tiles == tiles]
-        quantiles = np.quantile(lengths, np.linspace(0, 1, _FINEST + 1)[1:], method="lower")
-        edges = np.unique(-(-quantiles.astype(int) // MULTIPLE) * MULTIPLE)
+    """(tokens, tiles, rows): for each number of tiles, or quantile of many, the quantiles of the lengths."""
+    cells, tile_edges = [], np.unique(num_tiles)
+    if len(tile_edges) > _FINEST:
+        tile_edges = _quantiles(num_tiles, 1)
+    tile_class = np.searchsorted(tile_edges, num_tiles)
+    for number, tiles in enumerate(tile_edges):
+        lengths = num_tokens[tile_class == number]
+        if not len(lengths):
+            continue
+        edges = _quantiles(lengths, MULTIPLE)
         rows = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
         cells += [(int(edge), int(tiles), int(count)) for edge, count in zip(edges, rows, strict=True) if count]
     return cells
+
+
+def _quantiles(values: np.ndarray, multiple: int) -> np.ndarray:
+    """Up to `_FINEST` edges, ascending, rounded up to a multiple; the last one holds every value."""
+    found = np.quantile(values, np.linspace(0, 1, _FINEST + 1)[1:], method="lower").astype(int)
+    return np.unique(-(-found // multiple) * multiple)
 
 
 def _cost(tokens: np.ndarray | int, tiles: np.ndarray | int) -> np.ndarray | int:

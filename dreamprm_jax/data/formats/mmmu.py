@@ -48,6 +48,7 @@ VISION_QUESTION = "<image 1>"
 
 _MAX_LIST_TEXT = 100_000  # characters of a list written as text; the longest published one has 2,000
 _MARKER = re.compile(r"<image\s*(\d{1,3})>")
+_ANY_MARKER = re.compile(r"<image\s*\d{0,3}>")  # VisualPRM's have no number
 _OPTION_LETTER = re.compile(r"\([a-z]\)|^[^\S\n]*[a-z][.)]\s", re.MULTILINE)
 _SUBJECT = re.compile(r"(?:validation|dev|test)_(.+)_\d+")
 
@@ -67,7 +68,7 @@ def question_key(text: str) -> str:
     True
     """
     text = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(_OPTION_LETTER.sub(" ", _MARKER.sub(" ", text)).split())
+    return "".join(_OPTION_LETTER.sub(" ", _ANY_MARKER.sub(" ", text)).split())
 
 
 def parse_question(row: Any, index: int, place: str, rules: Rules) -> Question:
