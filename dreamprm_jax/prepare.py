@@ -13,6 +13,7 @@ is the same to the byte for any number of processes and kills; it has its name o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -78,7 +79,7 @@ def run_prepare(cfg: Any, workdir: Path) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         print(f"{directory}: was finished before", file=sys.stderr)
         return _summary(report, directory)
-    with _claimed(work, record), open_workers(options.processes) as workers:
+    with _full_disk_named(directory), _claimed(work, record), open_workers(options.processes) as workers:
         settings = Settings(source, work, cfg.seed, options.balance)
         _write_excluded(options, work)
         parts = [(part, files[file.name]) for file in cut for part in file.parts]
@@ -89,6 +90,18 @@ def run_prepare(cfg: Any, workdir: Path) -> dict[str, Any]:
     seconds = time.monotonic() - began
     print(_table(report, directory, seconds), file=sys.stderr)
     return {**_summary(report, directory), "seconds": round(seconds, 1)}
+
+
+@contextlib.contextmanager
+def _full_disk_named(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{directory}: cannot be written ({error}); make room, and the same command goes on"
+        ) from error
 
 
 def _summary(report: dict, directory: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What keeps rows out of a set, what makes them the same, and what a set follows from."""
 
+import errno
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import prepare as prepare_config
-from dreamprm_jax.data import builders, raw
+from dreamprm_jax.data import builders, passes, raw
 from dreamprm_jax.data.answers import NO_RESPONSE
 from dreamprm_jax.data.builders import Source, excluded, identity, reason_to_exclude, text_to_exclude
 from dreamprm_jax.data.example import HUMAN, Example, Question, Turn
@@ -169,6 +170,24 @@ def test_a_pattern_names_the_files_of_one_split(tmp_path, mmmu):
     with pytest.raises(InputError, match="no file is named so"):
         prepared(tmp_path, "mmmu", "none", source=tmp_path / "hub/*/none-*.jsonl")
     assert raw.pattern_root(tmp_path / "hub/*/x") == tmp_path / "hub"
+
+
+def test_a_full_disk_is_one_line_and_the_command_goes_on(mmmu, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = {"source": mmmu / "q.jsonl", "responses": mmmu / "r.jsonl"}
+    monkeypatch.setattr(passes, "write_shard", full)
+    with pytest.raises(InputError, match="No space left on device.*; make room, and the same command goes on"):
+        prepared(mmmu, "mmmu_pro", **options)
+    monkeypatch.undo()
+    assert prepared(mmmu, "mmmu_pro", **options)[0]["kept"] == 6
+
+
+def test_a_folder_of_versions_is_no_exclusion(mmmu):
+    prepared(mmmu, "mmmu", source=mmmu / "q.jsonl")
+    with pytest.raises(InputError, match=r"did you mean .*mmmu/1\.0\.0"):
+        prepared(mmmu, "mmmu_pro", source=mmmu / "q.jsonl", responses=mmmu / "r.jsonl", exclude=mmmu / "data/mmmu")
 
 
 def test_two_questions_of_one_id_are_both_named(mmmu):

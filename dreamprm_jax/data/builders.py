@@ -18,7 +18,7 @@ from dreamprm_jax.data.example import GPT, HUMAN, MINUS, Example, ImageSource, Q
 from dreamprm_jax.data.fields import field_error
 from dreamprm_jax.data.formats import mmmu, visualprm, visualprocessbench
 from dreamprm_jax.data.formats.rules import LabelRule, Rules, content_id, rules_for
-from dreamprm_jax.data.prepared import PreparedQuestions, is_prepared
+from dreamprm_jax.data.prepared import VERSION, PreparedQuestions, is_prepared
 from dreamprm_jax.errors import InputError
 
 QUESTION_BUILDERS = ("mmmu",)
@@ -119,6 +119,8 @@ def _questions_by_id(path: str, images: str | None) -> Iterator[tuple[str, Quest
         prepared = PreparedQuestions(path)
         yield from ((question.id, question) for question in (prepared[i] for i in range(len(prepared))))
         return
+    if is_prepared(Path(path) / VERSION):
+        raise InputError(f"{path}: holds a prepared set; did you mean {Path(path) / VERSION}?")
     rules = _rules(Source("mmmu", path, images))
     for row, index, place in _all_rows(path):
         try:

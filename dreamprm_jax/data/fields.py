@@ -142,6 +142,6 @@ def check_image(
         raise field_error(place, field, f"is {shown(name)}, but no image directory is given; set one")
     image = find_image(name)
     if image is None:
-        problem = f"{shown(name)} is no file under {image_root}; put it there or correct the path"
-        raise field_error(place, field, problem)
+        advice = "put it there, correct the path or set another image directory"
+        raise field_error(place, field, f"{shown(name)} is no file under {image_root}; {advice}")
     return image
