@@ -12,7 +12,7 @@ from dreamprm_jax.data.conversation import CONTROL_TOKENS
 from dreamprm_jax.data.example import GPT, HUMAN, Example, Turn
 from dreamprm_jax.data.images import count_tiles, image_size
 from dreamprm_jax.data.records import read_examples
-from dreamprm_jax.data.tokens import check_length, encode, load_tokenizer, wrap
+from dreamprm_jax.data.tokens import check_length, encode, encode_many, load_tokenizer, wrap
 from dreamprm_jax.errors import InputError
 
 WORDS = ("[UNK]", "\n", " ", "user", "assistant", "a", "b", "yes", "+", "-")
@@ -127,6 +127,23 @@ def test_image_tokens_must_match_the_images(small):
     ):
         with pytest.raises(InputError, match=r"x\.json row 0: .* take <IMG_CONTEXT> out"):
             encode(small, example(*turns, images=images), tiles, tokens_per_tile=4)
+
+
+def test_many_rows_at_once_are_those_one_by_one(small):
+    rows = [example(Turn(HUMAN, "<image> a"), Turn(GPT, label), images=1) for label in ("+", "yes a", "-")]
+    marked = example(Turn(HUMAN, "<image> <image> a"), Turn(GPT, "+"), images=1)  # its markers do not match
+    for given in (rows, [*rows, marked]):
+        found = encode_many(small, given, [[2]] * len(given), 4)
+        for row, encoded in zip(given, found, strict=True):
+            try:
+                expected = encode(small, row, [2], tokens_per_tile=4)
+            except InputError as error:
+                assert str(encoded) == str(error)
+                assert encoded.kind == "conversations"
+                continue
+            for one, other in zip(encoded, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+        assert isinstance(found[1], InputError) and not isinstance(found[0], InputError)
 
 
 def test_length_is_checked_against_the_context(small):

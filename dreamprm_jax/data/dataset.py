@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +14,13 @@ from dreamprm_jax.data.bad_rows import RAISE, OnError, settle
 from dreamprm_jax.data.example import Encoded, Example
 from dreamprm_jax.data.fields import field_error
 from dreamprm_jax.data.images import count_tiles, image_size, open_image, tile_image
-from dreamprm_jax.data.tokens import PRMTokenizer, check_length, encode
+from dreamprm_jax.data.tokens import PRMTokenizer, check_length, encode, encode_many
 from dreamprm_jax.errors import InputError
 
 KEPT_BYTES = 256 * 2**20
 """Data sets in memory whose tiles take no more than this are decoded once."""
 
-_CHUNK = 1024  # rows handed to the threads at once: what waits stays small however long the data set is
+_CHUNK = 256  # rows checked at once: what waits stays small however long the data set is
 
 
 class ImageSpec(NamedTuple):
@@ -103,7 +102,11 @@ class Dataset:
           InputError: an image that is not the one that was checked.
         """
         example = self.examples[row]
-        encoded = _encode(example, self.tokenizer, self.images) if self.encoded is None else self.encoded[row]
+        if self.encoded is None:
+            num_tiles = _tiles_of_images(example, self.images)
+            encoded = encode(self.tokenizer, example, num_tiles, self.images.tokens_per_tile)
+        else:
+            encoded = self.encoded[row]
         tiles = read_tiles(example, self.images) if self.tiles is None else self.tiles[row]
         if len(tiles) != self.num_tiles[row]:
             raise InputError(f'{example.place}: "image" changed on disk since the run began; start again')
@@ -169,8 +172,8 @@ def encode_all(
         raise InputError("the data set has no rows: give a file with at least one")
     in_memory = isinstance(examples, list | tuple)
     wanted = _Wanted(tokenizer, images, context, outcome_targets, soft_labels, in_memory)
-    with ThreadPoolExecutor() as pool:  # PIL and tokenizers both release the interpreter lock
-        checked = list(_by_row(pool, lambda row: _check(examples, row, wanted), len(examples)))
+    with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
+        checked = list(_check_rows(pool, examples, wanted))
         errors = {row: found for row, found in enumerate(checked) if isinstance(found, InputError)}
         skipped = settle(errors, len(examples), on_error)
         facts = [_Checked() if row in errors else found for row, found in enumerate(checked)]
@@ -196,8 +199,24 @@ def encode_all(
     )
 
 
-def _check(examples: Sequence[Example | InputError], row: int, wanted: _Wanted) -> _Checked | InputError:
-    """The row's lengths, or what is wrong with it."""
+def _check_rows(
+    pool: ThreadPoolExecutor, examples: Sequence[Example | InputError], wanted: _Wanted
+) -> Iterator[_Checked | InputError]:
+    """Each row's lengths, or what is wrong with it."""
+    for start in range(0, len(examples), _CHUNK):
+        rows = range(start, min(start + _CHUNK, len(examples)))
+        opened = list(pool.map(lambda row: _open(examples, row, wanted), rows))
+        good = [found for found in opened if not isinstance(found, InputError)]
+        rows_good, tiles_good = [found[0] for found in good], [found[1] for found in good]
+        encoded = iter(encode_many(wanted.tokenizer, rows_good, tiles_good, wanted.images.tokens_per_tile))
+        for found in opened:
+            yield found if isinstance(found, InputError) else _checked(found[0], next(encoded), wanted)
+
+
+def _open(
+    examples: Sequence[Example | InputError], row: int, wanted: _Wanted
+) -> tuple[Example, list[int]] | InputError:
+    """A row and the tiles of each of its images."""
     try:
         example = examples[row]
         if isinstance(example, InputError):
@@ -209,17 +228,20 @@ def _check(examples: Sequence[Example | InputError], row: int, wanted: _Wanted) 
         if wanted.in_memory:
             for source in example.images:
                 open_image(source, example.place)
-        encoded = _encode(example, wanted.tokenizer, wanted.images)
-        check_length(encoded, wanted.context, example.place)
+        return example, _tiles_of_images(example, wanted.images)
     except InputError as error:
         return InputError(str(error), kind=error.kind)  # without its frames, which hold the row's images
+
+
+def _checked(example: Example, encoded: Encoded | InputError, wanted: _Wanted) -> _Checked | InputError:
+    try:
+        if isinstance(encoded, InputError):
+            raise encoded
+        check_length(encoded, wanted.context, example.place)
+    except InputError as error:
+        return InputError(str(error), kind=error.kind)
     lengths = (len(encoded.tokens), encoded.num_tiles, len(encoded.labels))
     return _Checked(*lengths, example.id, example.dataset, encoded if wanted.in_memory else None)
-
-
-def _by_row(pool: ThreadPoolExecutor, check: Callable[[int], object], num_rows: int) -> Iterator[object]:
-    for start in range(0, num_rows, _CHUNK):
-        yield from pool.map(check, range(start, min(start + _CHUNK, num_rows)))
 
 
 def _check_soft_labels(example: Example) -> None:
@@ -232,10 +254,10 @@ def _check_soft_labels(example: Example) -> None:
         )
 
 
-def _encode(example: Example, tokenizer: PRMTokenizer, images: ImageSpec) -> Encoded:
+def _tiles_of_images(example: Example, images: ImageSpec) -> list[int]:
     sizes = [image_size(source, example.place) for source in example.images]
-    count = partial(count_tiles, max_tiles=images.max_tiles_of(example), tile_size=images.tile_size)
-    return encode(tokenizer, example, [count(*size) for size in sizes], images.tokens_per_tile)
+    max_tiles = images.max_tiles_of(example)
+    return [count_tiles(*size, max_tiles=max_tiles, tile_size=images.tile_size) for size in sizes]
 
 
 def _kept_tiles(

@@ -14,6 +14,7 @@ from dreamprm_jax.data.conversation import (
     IMAGE_START,
     TURN_END,
     TURN_START,
+    Rendered,
     render,
 )
 from dreamprm_jax.data.example import MINUS, PLUS, Encoded, Example
@@ -107,6 +108,39 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
             "set model.tokenizer to the tokenizer of the checkpoint",
             kind="conversations",
         ) from error
+    return _place_images(tokenizer, example, rendered, encoding, num_tiles, tokens_per_tile)
+
+
+def encode_many(
+    tokenizer: PRMTokenizer, examples: Sequence[Example], num_tiles: Sequence[Sequence[int]], tokens_per_tile: int
+) -> list[Encoded | InputError]:
+    """`encode` of many rows, in a third of the time; a row's error stands in its place."""
+
+    def one(example: Example, own_tiles: Sequence[int], encoding: Encoding | None) -> Encoded | InputError:
+        try:
+            if encoding is None:
+                return encode(tokenizer, example, own_tiles, tokens_per_tile)
+            return _place_images(tokenizer, example, render(example), encoding, own_tiles, tokens_per_tile)
+        except InputError as error:
+            return error
+
+    try:
+        texts = [render(example).text for example in examples]
+        encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception:  # of one row: which one, and why, is found row by row
+        encodings = [None] * len(examples)
+    return list(map(one, examples, num_tiles, encodings))
+
+
+def _place_images(
+    tokenizer: PRMTokenizer,
+    example: Example,
+    rendered: Rendered,
+    encoding: Encoding,
+    num_tiles: Sequence[int],
+    tokens_per_tile: int,
+) -> Encoded:
+    """The one image token of each image becomes as many as its tiles have; the labels are found."""
     ids = np.array(encoding.ids, np.int32)
     images = np.flatnonzero(ids == tokenizer.image_context_id)
     if not len(images) == len(num_tiles) == rendered.num_image_markers:
