@@ -32,7 +32,7 @@ from dreamprm_jax.data.noisy_steps import SOURCES, Sizes
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.metrics import write_text
-from dreamprm_jax.workers import InThisProcess, live_with_parent
+from dreamprm_jax.workers import InThisProcess, ended, live_with_parent
 
 LOG = "log.txt"
 
@@ -229,17 +229,8 @@ def _workers(width: int) -> Iterator[Executor]:
     settings = {
         name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_default_matmul_precision")
     }
-    others = multiprocessing.active_children()
-    executor = ProcessPoolExecutor(width, context, _begin_worker, (queue, settings))
-    try:
+    with ended([ProcessPoolExecutor(width, context, _begin_worker, (queue, settings))]) as (executor,):
         yield executor
-    except BaseException:
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def _begin_worker(cores: Any, settings: dict[str, Any]) -> None:

@@ -71,19 +71,25 @@ def open_workers(processes: int) -> Iterator[list[Executor]]:
     if (processes or cores) == 1:
         yield [InThisProcess()]
         return
-    others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
-    workers = [ProcessPoolExecutor(1, context, live_with_parent) for _ in range(processes or cores)]
-    try:
+    with ended([ProcessPoolExecutor(1, context, live_with_parent) for _ in range(processes or cores)]) as workers:
         yield workers
+
+
+@contextlib.contextmanager
+def ended(executors: list[ProcessPoolExecutor]) -> Iterator[list[ProcessPoolExecutor]]:
+    """Fresh executors, whose processes end with the block: by themselves, or at once where it ends with an error."""
+    others = multiprocessing.active_children()
+    try:
+        yield executors
     except BaseException:
         for process in multiprocessing.active_children():
             if process not in others:
                 process.terminate()
         raise
     finally:
-        for worker in workers:
-            worker.shutdown(cancel_futures=True)
+        for executor in executors:
+            executor.shutdown(cancel_futures=True)
 
 
 class InThisProcess(Executor):

@@ -119,13 +119,13 @@ NUMBERS = ["1", "111,", "1.1", "1e", ".5", "-", "so is "]
 def test_time_is_linear(piece, end):
     def seconds(length: int) -> float:
         response = piece * (length // len(piece)) + end
-        began = time.process_time()
+        began = time.thread_time()
         for options in (FRUIT, ()):
             extract_answer(response, options)
             is_right(response, "5", options)
-        return time.process_time() - began
+        return time.thread_time() - began
 
-    assert seconds(100_000) < 1.0  # 0.02 to 0.15 s; a quadratic rule takes minutes
+    assert seconds(100_000) < 10  # 0.02 to 0.15 s; a quadratic rule takes minutes
 
 
 # File -> responses whose recorded letter is ours; whose verdict is ours; right by the record; right by ours.

@@ -88,7 +88,7 @@ def test_an_answer_that_drips_is_not_waited_for():
     began = time.monotonic()
     error, _, _ = ask_and_record_waits(behave, 0, 0.3)
     assert str(error).startswith("the server sent no whole answer within 0.3 s; run the same command again")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 4.5  # the answer takes 5
 
 
 def test_retry_after_is_waited_for_in_seconds_or_until_a_date():

@@ -128,10 +128,10 @@ def test_validation_questions_and_keys():
     assert key == mmmu.question_key("WHAT is shown in\n<image2> ? red blue") == "whatisshownin?redblue"
     assert mmmu.question_key("5 m\u00b2, \ufb01ne") == mmmu.question_key("5 m2, fine")
     assert mmmu.question_key("Is it (x)?") != mmmu.question_key("Is it (xy)?")
-    start = time.process_time()
+    start = time.thread_time()
     for shape in ("<image", "(", "a.", "\n", " ", "ﬃ", "<image 1"):
         mmmu.question_key(shape * (100_000 // len(shape)))
-    assert time.process_time() - start < 2  # seconds
+    assert time.thread_time() - start < 10  # seconds; minutes where it is quadratic
 
 
 BAD_QUESTIONS = [

