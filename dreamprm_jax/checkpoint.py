@@ -8,7 +8,6 @@ so that it can be loaded by itself.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,51 +156,3 @@ def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:
         restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
         restored = manager.restore(step, args=ocp.args.Composite(arrays=restore))
     return config, restored["arrays"]["ema"] if averaged else restored["arrays"]["train"]["params"]
-
-
-def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True) -> None:
-    """Makes `workdir` this run's own, or checks that it already is: config.json holds `record`.
-
-    Args:
-      workdir: created where it does not exist.
-      record: the config, and a fingerprint of each data file.
-      resumes: False for a task that keeps nothing to go on from; it may follow itself with another config,
-        and only a workdir of another task is refused.
-
-    Raises:
-      InputError: the workdir belongs to a run with another config or other data (names the first difference), holds
-        a config.json that no run wrote, or cannot be written.
-    """
-    path = workdir / "config.json"
-    record = json.loads(json.dumps(record))
-    if path.is_file():
-        old = _read_record(path)
-        new = record if resumes else {**old, "config": {**old["config"], "task": record["config"]["task"]}}
-        difference = _first_difference(old, new)
-        if difference:
-            raise InputError(f"{path}: {difference}; give another --workdir, or remove this one to start over")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(record, indent=2))
-    except OSError as error:
-        raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["config"], dict) and isinstance(record["data"], dict):
-            return record
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # a checkpoint's own config.json, or a damaged file: neither is overwritten
-    raise InputError(f"{path}: is not the record of a run; give another --workdir")
-
-
-def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
-        return None
-    return None if old == new else f"was begun with {name}={old}, now {name}={new}"

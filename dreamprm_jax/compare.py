@@ -25,13 +25,13 @@ from absl import logging
 from tqdm import tqdm
 
 from dreamprm_jax import build, sweeps
-from dreamprm_jax.checkpoint import claim_workdir
 from dreamprm_jax.comparison import COLD_START, compare, read_part
 from dreamprm_jax.comparison_report import Workdirs, write_reports
 from dreamprm_jax.data.noisy_steps import SOURCES, Sizes
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.metrics import write_text
+from dreamprm_jax.workdir import claim_workdir
 from dreamprm_jax.workers import InThisProcess, ended, live_with_parent
 
 LOG = "log.txt"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamprm_jax import bilevel, build, steps
-from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, claim_workdir, load_model, save_model_card
+from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, load_model, save_model_card
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
 from dreamprm_jax.metrics import MetricsWriter
@@ -19,6 +19,7 @@ from dreamprm_jax.results import finish
 from dreamprm_jax.train import Cadence, Phase, run_phase
 from dreamprm_jax.types import SUPERVISED, BilevelState
 from dreamprm_jax.weighting import Weighting
+from dreamprm_jax.workdir import claim_workdir
 
 
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:

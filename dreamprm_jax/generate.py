@@ -12,6 +12,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import signal
 import sys
@@ -21,13 +22,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from dreamprm_jax.data import raw
 from dreamprm_jax.data.answers import NO_RESPONSE, extract_answer, is_right
 from dreamprm_jax.data.bad_rows import RAISE, settle
+from dreamprm_jax.data.builders import read_all_questions
 from dreamprm_jax.data.example import Question
-from dreamprm_jax.data.formats.mmmu import parse_question, question_turn, right_answers
-from dreamprm_jax.data.formats.rules import rules_for
-from dreamprm_jax.data.prepared import PreparedQuestions
+from dreamprm_jax.data.formats.mmmu import question_turn, right_answers
 from dreamprm_jax.endpoint import Candidate, Patience, Reply, RequestFailed, ask, open_client, read_key
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.messages import (
@@ -39,7 +38,8 @@ from dreamprm_jax.messages import (
     image_format,
     load_prompts,
 )
-from dreamprm_jax.metrics import METRICS_FILE, write_json_lines, write_text
+from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
+from dreamprm_jax.workdir import claim_workdir
 
 JOURNAL_FILE = "journal.jsonl"
 CANDIDATES_FILE, RESPONSES_FILE = "candidates.jsonl", "responses.jsonl"
@@ -85,7 +85,8 @@ def run_generation(cfg: Any, workdir: Path) -> dict[str, Any]:
     sampling = request_settings(settings, extra)
     asked = [Asked(question, name, []) for question, name in _named(questions, prompts, sampling, settings)]
     output = Path(cfg.output) if cfg.output else workdir / CANDIDATES_FILE
-    _claim(workdir, cfg, asked)
+    asked_for = hashlib.sha256("".join(item.name for item in asked).encode()).hexdigest()
+    claim_workdir(workdir, {"config": cfg.to_dict(), "data": {cfg.input.path: asked_for}}, resumes=False)
     _check_output(output, cfg.input.path)
     with _open_journal(workdir / JOURNAL_FILE) as journal:
         _restore(journal, asked)
@@ -101,11 +102,11 @@ def run_generation(cfg: Any, workdir: Path) -> dict[str, Any]:
 
 
 def read_questions(path: str | None, image_root: str | None, limit: int | None) -> list[Question]:
-    """The questions of a file in MMMU's form (.json, .jsonl, .parquet) or of a prepared set, all checked.
+    """The questions of raw files in MMMU's form (`data/raw.py`) or of a prepared set, all checked.
 
     Args:
       path: file or directory.
-      image_root: directory of the images; None: the file's own.
+      image_root: directory of the images; None: that of the files.
       limit: take the first so many; None: all.
 
     Raises:
@@ -113,32 +114,21 @@ def read_questions(path: str | None, image_root: str | None, limit: int | None) 
     """
     if path is None:
         raise InputError("--config.input.path is missing: give questions in MMMU's form (.json, .jsonl, .parquet)")
-    if Path(path).is_dir():
-        stored = PreparedQuestions(path)
-        return [stored[row] for row in range(min(limit or len(stored), len(stored)))]
-    if not Path(path).is_file():
-        raise InputError(f"--config.input.path={path}: no such file or prepared directory")
-    rules = rules_for(image_root or Path(path).parent)
-    questions: list[Question] = []
+    if not Path(path).exists():
+        raise InputError(f"--config.input.path={path}: no such file or directory")
+    found = list(itertools.islice(read_all_questions(path, image_root), limit))
     errors: dict[int, InputError] = {}
-    for row, parsed in _rows(path):
-        if row >= (limit or row + 1):
-            break
+    for number, question in enumerate(found):
         try:
-            question = parse_question(parsed, row, f"{path} row {row}", rules)
+            if isinstance(question, InputError):
+                raise question
             check_images(question)
-            questions.append(question)
         except InputError as error:
-            errors[row] = error
-    settle(errors, len(questions) + len(errors), RAISE)
-    if not questions:
+            errors[number] = error
+    settle(errors, len(found), RAISE)
+    if not found:
         raise InputError(f"{path}: no rows; give a JSON list of rows, or JSONL")
-    return questions
-
-
-def _rows(path: str) -> Iterator[tuple[int, Any]]:
-    for part in raw.cut(path, Path(path)).parts:
-        yield from raw.read_rows(Path(path), part)
+    return found
 
 
 def parse_extra(text: str | None) -> dict[str, Any]:
@@ -190,24 +180,6 @@ def _check_output(output: Path, input_path: str) -> None:
             output.unlink()  # only now that it is known to be possible
     except OSError as error:
         raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
-
-
-def _claim(workdir: Path, cfg: Any, asked: list[Asked]) -> None:
-    """config.json, as every run writes it; a workdir of another task is refused."""
-    data = {cfg.input.path: hashlib.sha256("".join(item.name for item in asked).encode()).hexdigest()}
-    path = workdir / "config.json"
-    if path.exists():
-        try:
-            task = json.loads(path.read_text(encoding="utf-8"))["config"]["task"]
-        except (OSError, ValueError, TypeError, KeyError):
-            task = None
-        if task != cfg.task:
-            raise InputError(f"{path}: is not the record of a run of this task; give another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"config": cfg.to_dict(), "data": data}, indent=2))
-    except OSError as error:
-        raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
 
 
 @contextlib.contextmanager
@@ -353,12 +325,12 @@ def _interruptible(stop: asyncio.Event) -> Iterator[None]:
         tqdm.write("stopping after the requests under way; Ctrl-C again to lose them", file=sys.stderr)
         stop.set()
 
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not in the main thread
+    with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
         loop.add_signal_handler(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+        with contextlib.suppress(RuntimeError, ValueError):
             loop.remove_signal_handler(signal.SIGINT)
 
 

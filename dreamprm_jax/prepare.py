@@ -114,15 +114,7 @@ def _summary(report: dict, directory: Path) -> dict[str, Any]:
 def _source(options: Any) -> builders.Source:
     if options.source is None:
         raise InputError("--config.prepare.source is missing: give the raw files, one or a directory of them")
-    return builders.Source(
-        builder=options.builder,
-        source=options.source,
-        images=options.images,
-        responses=options.responses,
-        threshold=options.threshold,
-        soft_labels=options.soft_labels,
-        splitter=options.splitter,
-    )
+    return builders.Source(**{name: options[name] for name in builders.Source._fields})
 
 
 def _prepare(
@@ -229,9 +221,11 @@ def _write_excluded(options: Any, work: Path) -> None:
     path = work / passes.EXCLUDED_FILE
     if path.is_file():
         return
-    questions = builders.read_questions(options.exclude, None) if options.exclude else ()
+    questions = builders.read_all_questions(options.exclude, None) if options.exclude else ()
     ids, texts, pixels = [], [], set()
     for question in questions:
+        if isinstance(question, InputError):
+            raise question
         if not question.id.isdecimal():  # a number is but the place in a file without ids
             ids.append(question.id)
         texts.append(builders.text_to_exclude(question))

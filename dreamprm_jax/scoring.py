@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dreamprm_jax import build, losses
-from dreamprm_jax.checkpoint import Model, claim_workdir, load_model
+from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.data.example import GPT, PLUS, Example
@@ -22,6 +22,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
 from dreamprm_jax.models import internvl
 from dreamprm_jax.types import Batch, PyTree
+from dreamprm_jax.workdir import claim_workdir
 
 
 class ChainScores(NamedTuple):
@@ -75,7 +76,7 @@ def _judged(row: Example | InputError) -> Example | InputError:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Judged:
+class _JudgedOnDisk:
     """The rows of a prepared set `with_plus_history`, read when they are needed."""
 
     rows: Sequence[Example]
@@ -113,7 +114,7 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     judged = cfg.score.history == "plus"
     examples = build.read_file(cfg.input, "input", labels_required=not judged)
     if judged:
-        examples = list(map(_judged, examples)) if isinstance(examples, list) else _Judged(examples)
+        examples = list(map(_judged, examples)) if isinstance(examples, list) else _JudgedOnDisk(examples)
     model = load_model(cfg.model, cfg.seed)
     dataset = build.encoder(cfg, model)(examples)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"

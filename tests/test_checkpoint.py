@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dreamprm_jax.checkpoint import claim_workdir
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.workdir import claim_workdir
 
 RECORD = {"config": {"task": "train", "seed": 0}, "data": {"train.json": "abc"}}
 

@@ -34,7 +34,7 @@ def test_files_are_cut_between_rows(name, space, mark, number, tmp_path):
 
 def test_a_broken_list_names_its_row(tmp_path):
     for text, row in (('[{"a": 1}, {"a": ]', 1), ('[{"a": 1} {"a": 2}]', 0), ('[{"a": 1}] x', 0), ('[{"a": 1},]', 1)):
-        with pytest.raises(InputError, match=f"a.json row {row}: not valid JSON"):
+        with pytest.raises(InputError, match=rf"a.json row {row} \(line 1\): not valid JSON"):
             rows_of("a.json", text.encode(), tmp_path)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     with pytest.raises(InputError, match="b.jsonl.gz: cannot be read"):

@@ -102,16 +102,17 @@ def _rules(source: Source) -> Rules:
 # --- Questions and the responses to them.
 
 
-def read_questions(path: str, images: str | None) -> Iterator[Question]:
-    """All questions of a prepared set, a raw file, or a directory of those.
+def read_all_questions(path: str, images: str | None) -> Iterator[Question | InputError]:
+    """The questions of a prepared set, a raw file, a directory or pattern of those; the error of a bad row.
+
+    Args:
+      path: where they are.
+      images: directory of the images; None: that of the files.
 
     Raises:
-      InputError: a row that is not as it must be.
+      InputError: no such files, or a file that cannot be read.
     """
-    for _, question in _questions_by_id(path, images):
-        if isinstance(question, InputError):
-            raise question
-        yield question
+    return (question for _, question in _questions_by_id(path, images))
 
 
 def _questions_by_id(path: str, images: str | None) -> Iterator[tuple[str, Question | InputError]]:
@@ -179,7 +180,7 @@ def _parse_with_candidates(row: Any, index: int, place: str, source: Source, rul
     given = _responses(source.responses).get(question.id, ()) if source.responses else ()
     texts, judged = [], []
     for response, number, where in given:
-        if response.get("response") in (None, "") or not str(response["response"]).strip():
+        if not str(response.get("response") or "").strip():
             texts.append(NO_RESPONSE)  # a question keeps its N candidates
             judged.append(False)
             continue

@@ -263,8 +263,8 @@ def write_metadata(directory: Path, builder: str, features: Any, shards: Sequenc
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether `path` is a finished TFDS directory; opening it says where it is not one of `prepare`."""
-    return all((Path(path) / name).is_file() for name in ("dataset_info.json", "features.json"))
+    """Whether `path` is meant as a TFDS directory; opening it says what is wrong with one."""
+    return any((Path(path) / name).is_file() for name in ("dataset_info.json", "features.json"))
 
 
 def fingerprint(directory: str | Path) -> str:

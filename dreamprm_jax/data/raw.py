@@ -9,12 +9,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from dreamprm_jax.data.json_rows import list_rows, not_json
 from dreamprm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 _BATCH_ROWS = 64  # of Parquet in memory at a time: rows may hold images
 _BOM = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Part(NamedTuple):
@@ -134,11 +133,8 @@ def _parsed(parse: Callable[[], Any], place: str) -> Any:
         return parse()
     except UnicodeDecodeError as error:
         return InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8", kind="JSON")
-    except RecursionError:
-        return InputError(f"{place}: not valid JSON (nested too deeply); correct it", kind="JSON")
-    except ValueError as error:
-        advice = "correct it, or write the file again if it was cut"
-        return InputError(f"{place}: not valid JSON ({error}); {advice}", kind="JSON")
+    except (ValueError, RecursionError) as error:
+        return not_json(place, error)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -192,7 +188,7 @@ def _cut_list(name: str, file: BinaryIO, part_rows: int) -> RawFile:
     content = file.read()
     try:
         text = content.decode()
-        ends = list(_ends_of_rows(text, name))
+        ends = [text.index("[") + 1, *(end for _, end in list_rows(text, name))]
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     parts, position, byte = [], ends[0], len(text[: ends[0]].encode())
@@ -204,40 +200,11 @@ def _cut_list(name: str, file: BinaryIO, part_rows: int) -> RawFile:
     return RawFile(name, len(ends) - 1, hashlib.sha256(content).hexdigest(), tuple(parts))
 
 
-def _ends_of_rows(text: str, name: str) -> Iterator[int]:
-    """Where the opening bracket ends, then where each row ends, its comma included: characters."""
-    decoder, row = json.JSONDecoder(), 0
-    position = text.index("[") + 1
-    yield position
-    mark = "]" if text[position:].strip() == "]" else ","
-    while mark == ",":
-        try:
-            _, position = decoder.raw_decode(text, _after_space(text, position))
-            position = _after_space(text, position) + 1
-            mark = text[position - 1 : position]
-            if mark not in (",", "]") or (mark == "]" and text[position:].strip()):
-                raise json.JSONDecodeError('expected "," or the end of the list', text, position - 1)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{name} row {row}: not valid JSON ({error}), and the rows behind it cannot be found; correct it, or "
-                "write the file again if it was cut"
-            ) from error
-        yield position
-        row += 1
-
-
-def _after_space(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()
-
-
 def _read_list(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
     with _opened(path) as file:
         file.seek(part.start)
         text = file.read(part.stop - part.start).decode()
-    decoder, position = json.JSONDecoder(), 0
-    for _ in range(part.rows):
-        value, position = decoder.raw_decode(text, _after_space(text, position))
-        position = _after_space(text, position) + 1
+    for value, _ in list_rows(f"[{text.rstrip()[:-1]}]", part.file):
         yield lambda value=value: value
 
 

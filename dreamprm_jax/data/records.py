@@ -14,7 +14,6 @@ import functools
 import gzip
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -34,11 +33,10 @@ from dreamprm_jax.data.fields import (
     required,
     shown,
 )
+from dreamprm_jax.data.json_rows import list_rows, not_json
 from dreamprm_jax.errors import InputError
 
 _MAX_IMAGE_PATH = 4096  # characters; longer ones name no file on any system
-_SPACE = re.compile(r"[ \t\n\r]*")
-_EMPTY_LIST = re.compile(r"\s*\[\s*\]\s*")
 
 
 class FileRules(NamedTuple):
@@ -129,8 +127,9 @@ def _read_text(path: Path) -> str:
 
 def _parse_rows(text: str, name: str) -> Iterator[Any]:
     """The rows of a file as parsed JSON; a line that cannot be parsed is given as its InputError."""
-    start = _skip_space(text, 0)
-    return _parse_list(text, name) if text[start : start + 1] == "[" else _parse_lines(text, name)
+    if text.lstrip(" \t\n\r").startswith("["):
+        return (value for value, _ in list_rows(text, name))
+    return _parse_lines(text, name)
 
 
 def _parse_lines(text: str, name: str) -> Iterator[Any]:
@@ -140,48 +139,8 @@ def _parse_lines(text: str, name: str) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield _not_json(f"{name} row {row} (line {number})", error)
+                yield not_json(f"{name} row {row} (line {number})", error)
             row += 1
-
-
-def _parse_list(text: str, name: str) -> Iterator[Any]:
-    """Row by row rather than at once, so that an error knows its row.
-
-    Raises:
-      InputError: damage, since nobody knows how many rows lie behind it.
-    """
-    if _EMPTY_LIST.fullmatch(text):
-        return
-    decoder, position, row, mark = json.JSONDecoder(), _skip_space(text, 0), 0, "["
-    while mark != "]":
-        try:
-            value, position = decoder.raw_decode(text, _skip_space(text, position + 1))
-            position = _skip_space(text, position)
-            mark = text[position : position + 1]
-            if mark not in ("]", ","):
-                raise json.JSONDecodeError('expected "," or "]"', text, position)
-            if mark == "]" and _skip_space(text, position + 1) < len(text):
-                raise json.JSONDecodeError('text after the last "]"', text, position + 1)
-        except (ValueError, RecursionError) as error:
-            line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise _not_json(f"{name} row {row}{line}", error) from error
-        yield value
-        row += 1
-
-
-def _skip_space(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()
-
-
-def _not_json(place: str, error: Exception) -> InputError:
-    if isinstance(error, RecursionError):
-        reason = "nested too deeply"
-    elif isinstance(error, json.JSONDecodeError):
-        reason = f"{error.msg} at column {error.colno}"
-    else:
-        reason = str(error)
-    advice = "correct it, or write the file again if it was cut"
-    return InputError(f"{place}: not valid JSON ({reason}); {advice}", kind="JSON")
 
 
 def parse_example(row: Any, index: int, place: str, rules: FileRules) -> Example:

@@ -108,13 +108,21 @@ def conversation(question: str, steps: Sequence[str], labels: Sequence[str]) -> 
     return tuple(turns)
 
 
+def images_and_question(row: dict, place: str, rules: Rules) -> tuple[tuple[Path, ...], str]:
+    """What a raw row asks about, and what.
+
+    Raises:
+      InputError: a field that is missing or not as it must be.
+    """
+    value = required(row, "image", place, "; write null for a row without image")
+    images = find_images(value, place, rules.find_image, rules.image_root)
+    return images, check_turn_text(required(row, "question", place), place, "question")
+
+
 def _parse_raw(row: dict, index: int, place: str, rules: Rules) -> Example:
     if "conversations" in row:
         raise field_error(place, "steps_with_score", 'stands beside "conversations"; a row has one of them: remove one')
-    images = find_images(
-        required(row, "image", place, "; write null for a row without image"), place, rules.find_image, rules.image_root
-    )
-    question = check_turn_text(required(row, "question", place), place, "question")
+    images, question = images_and_question(row, place, rules)
     items = required(row, "steps_with_score", place)
     if not isinstance(items, list) or not items:
         raise field_error(place, "steps_with_score", f"is {shown(items)}; it must be a list of steps, and not empty")

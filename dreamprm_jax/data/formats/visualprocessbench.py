@@ -11,17 +11,9 @@ from typing import Any
 
 from dreamprm_jax.data.conversation import check_image_markers
 from dreamprm_jax.data.example import PLUS, Example
-from dreamprm_jax.data.fields import (
-    check_row,
-    check_turn_text,
-    field_error,
-    find_images,
-    optional_text,
-    required,
-    shown,
-)
+from dreamprm_jax.data.fields import check_row, check_turn_text, field_error, optional_text, required, shown
 from dreamprm_jax.data.formats.rules import Rules
-from dreamprm_jax.data.formats.visualprm import conversation
+from dreamprm_jax.data.formats.visualprm import conversation, images_and_question
 
 
 def parse(row: Any, index: int, place: str, rules: Rules) -> Example:
@@ -40,8 +32,7 @@ def parse(row: Any, index: int, place: str, rules: Rules) -> Example:
       InputError: a row that is not as it must be.
     """
     row = check_row(row, place, '"image", "question", "response"')
-    images = find_images(required(row, "image", place), place, rules.find_image, rules.image_root)
-    question = check_turn_text(required(row, "question", place), place, "question")
+    images, question = images_and_question(row, place, rules)
     steps, truth = _judged_steps(required(row, "response", place), place)
     turns = conversation(question, steps, [PLUS] * len(steps))
     check_image_markers(turns, len(images), place)
