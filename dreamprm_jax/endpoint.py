@@ -209,7 +209,9 @@ def _read_choice(choice: dict[str, Any], key: str) -> Candidate:
 
 def _status_failure(error: Any, key: str) -> Failure:
     body = error.body if isinstance(error.body, dict) else {}
-    said = body.get("message") or error.response.text or error.message
+    # a list is shown as parsed: spelled with escapes, the key would not be known again
+    listed = json.dumps(error.body, ensure_ascii=False) if isinstance(error.body, list) else None
+    said = body.get("message") or listed or error.response.text or error.message
     # redacted before it is cut: half a key is too much
     said = " ".join(redact(str(said), key).split())
     said = said if len(said) <= _MAX_MESSAGE else said[:_MAX_MESSAGE] + "..."

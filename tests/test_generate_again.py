@@ -167,6 +167,7 @@ def echo(call, body):
 ECHOES = {
     "error": lambda call, body: call.fail(401, f"Incorrect API key provided: {echo(call, body)}."),
     "error at a cut": lambda call, body: call.fail(400, "x" * 290 + echo(call, body)),
+    "escaped list": lambda call, body: call.send(401, json.dumps([KEY]).replace("sk-", "\\u0073k-").encode()),
     "page": lambda call, body: call.send(500, f"<p>{echo(call, body)}".encode(), {"content-type": "text/html"}),
     "escaped": lambda call, body: call.send(
         200, json.dumps({"choices": [{"message": {"content": KEY}}]}).replace("sk-", "\\u0073k-").encode()
@@ -183,7 +184,7 @@ def test_the_key_is_nowhere(questions, tmp_path, name, capfd, caplog):
             run(server, questions, tmp_path / "work", retries=1)
         except InputError as error:
             while error:
-                assert KEY not in repr(error) and "sk-secret" not in str(error)
+                assert KEY not in repr(error) and "sk-secret" not in str(error) and "k-secret" not in str(error)
                 error = error.__cause__ or error.__context__
         else:
             assert name in ("answer", "escaped")
