@@ -113,8 +113,15 @@ AGGREGATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "log_mean": lambda scores, mask: jnp.exp(masked_mean(_log(scores), mask)),
     # sigmoid of the mean log-odds: DreamPRM (arXiv 2505.20241)
     "mean_log_odds": lambda scores, mask: jax.nn.sigmoid(masked_mean(_log_odds(scores), mask)),
+    # No probabilities: for selection alone (MM-PRM's list)
+    "sum_logprob": lambda scores, mask: jnp.sum(jnp.where(mask, _log(scores), 0.0), axis=-1),
+    "sum_logit": lambda scores, mask: jnp.sum(jnp.where(mask, _log_odds(scores), 0.0), axis=-1),
+    "mean_odd": lambda scores, mask: masked_mean(jnp.exp(_log_odds(scores)), mask),
 }
 """Step scores [B, S] and their mask [B, S] -> response score [B]; a row's steps are its first ones."""
+
+PROBABILITIES = ("mean", "min", "max", "last", "product", "log_mean", "mean_log_odds")
+"""The aggregations that give a probability, as a meta loss needs."""
 
 
 def meta_loss_mse(response_score: jax.Array) -> jax.Array:

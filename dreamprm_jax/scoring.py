@@ -1,27 +1,34 @@
-"""Step scores of chains: P("+") at every step, over the full vocabulary and over the two labels."""
+"""Step scores of chains: P("+") at every step, over the full vocabulary and over the two labels.
+
+What chains have in common at their beginning, of a question's candidates the prompt, the images and the question, runs
+through the model once (`data/sharing.py`); the rest of them goes on from its keys and values, many chains at a time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from dreamprm_jax import build, losses
 from dreamprm_jax.checkpoint import Model, load_model
-from dreamprm_jax.data import batches
+from dreamprm_jax.data import batches, sharing
 from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.data.example import GPT, PLUS, Example
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
-from dreamprm_jax.models import internvl
-from dreamprm_jax.types import Batch, PyTree
+from dreamprm_jax.metrics import METRICS_FILE, read_json_lines, to_json, write_json_lines
+from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.types import Continuations, Prefix, PyTree
 from dreamprm_jax.workdir import claim_workdir
 
 
@@ -33,36 +40,120 @@ class ChainScores(NamedTuple):
     response: float  # `full`, aggregated
 
 
+@partial(jax.jit, static_argnums=0)
+def begin(config: presets.InternVLConfig, params: PyTree, prefix: Prefix) -> internvl.Past:
+    """`internvl.begin`, compiled."""
+    return internvl.begin(config, params, prefix)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def go_on(
+    config: presets.InternVLConfig,
+    plus_id: int,
+    minus_id: int,
+    params: PyTree,
+    past: internvl.Past,
+    part: Continuations,
+) -> tuple[jax.Array, jax.Array, internvl.KeysValues]:
+    """Both scores at the step positions of a part, [B, S] each; and its keys and values."""
+    logits, keys_values = internvl.go_on(config, params, past, part)
+    full, two_token = losses.step_scores(logits, plus_id), losses.step_scores_two_token(logits, plus_id, minus_id)
+    return full, two_token, keys_values
+
+
 def score_dataset(
-    model: Model, dataset: Dataset, *, batch_size: int, aggregate: str, reading: batches.Reading = batches.READING
+    model: Model,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    aggregate: str,
+    reading: batches.Reading = batches.READING,
+    progress: bool = True,
 ) -> list[ChainScores]:
-    """Scores every usable chain, in the data set's order.
+    """Scores every usable chain, in the data set's order; arguments as those of `score_windows`."""
+    windows = score_windows(
+        model, dataset, batch_size=batch_size, aggregate=aggregate, reading=reading, progress=progress
+    )
+    return [scores for window in windows for _, scores in window]
 
-    Chains of like length share a batch, so that padding stays small; neither the batch nor the padding
-    changes a score beyond float rounding.
+
+def score_windows(
+    model: Model,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    aggregate: str,
+    reading: batches.Reading = batches.READING,
+    rows: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Iterator[list[tuple[int, ChainScores]]]:
+    """Scores chains a window of rows at a time: (row, scores), in the data set's order.
+
+    Neither what a chain shares, nor its batch, nor the padding changes a score beyond float rounding.
+
+    Args:
+      model: scores at the steps of every chain as they stand.
+      dataset: the chains.
+      batch_size: chains at a time.
+      aggregate: how the step scores become the response score, of `losses.AGGREGATIONS`.
+      reading: threads and processes.
+      rows: those wanted, ascending; None: all usable ones.
+      progress: show a bar.
     """
-    plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
-
-    @jax.jit
-    def scores(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = internvl.apply(model.config, params, batch)
-        full = losses.step_scores(logits, plus)
-        response = losses.AGGREGATIONS[aggregate](full, batch.step_mask)
-        return full, losses.step_scores_two_token(logits, plus, minus), response
-
-    results: dict[int, ChainScores] = {}
+    max_shapes = max(1, len(dataset.padded.shapes) // 2)
+    windows = sharing.plan(dataset, batch_size, max_shapes, rows)
+    plans = [batch for window in windows for batch in window]
+    total = sum(len(group.rows) for batch in plans for group in batch.groups)
     with (
-        tqdm(total=len(dataset.rows), unit="chain", desc="score", mininterval=1.0) as bar,
-        closing(batches.ordered_batches(dataset, batch_size, reading)) as stream,
+        tqdm(total=total, unit="chain", desc="score", mininterval=1.0, disable=not progress) as bar,
+        closing(batches.shared_batches(dataset, plans, reading)) as stream,
     ):
-        for batch in stream:
-            arrays = jax.device_get(scores(model.params, batch))
-            for slot in np.flatnonzero(batch.example_mask):
-                full, two_token, response = (array[slot] for array in arrays)
-                real = batch.step_mask[slot]
-                results[int(batch.example_id[slot])] = ChainScores(full[real], two_token[real], float(response))
-            bar.update(int(batch.example_mask.sum()))
-    return [results[row] for row in dataset.rows]
+        for window in windows:
+            found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            for scored in _score_batches(model, stream, len(window)):
+                found |= scored
+                bar.update(len(scored))
+            rows_done = sorted(found)
+            responses = response_scores([found[row][0] for row in rows_done], aggregate)
+            pairs = zip(rows_done, responses.tolist(), strict=True)
+            yield [(row, ChainScores(*found[row], response)) for row, response in pairs]
+
+
+def _score_batches(
+    model: Model, stream: Iterator[sharing.SharedBatch], count: int
+) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """The next `count` batches' step scores by row; each is fetched when the one after it has been sent off."""
+    plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
+    sent: list[tuple[sharing.SharedBatch, list[Any]]] = []
+    for _ in range(count):
+        batch = next(stream)
+        past = begin(model.config, model.params, batch.prefix)
+        parts = [go_on(model.config, plus, minus, model.params, past, part)[:2] for part in batch.parts]
+        sent.append((batch, parts))
+        if len(sent) > 1:
+            yield _fetch(*sent.pop(0))
+    yield from (_fetch(*waiting) for waiting in sent)
+
+
+def _fetch(batch: sharing.SharedBatch, parts: list[Any]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Takes the parts' arrays [B, S] apart, chain by chain."""
+    found = {}
+    for (full, two_token), rows, num_steps in zip(jax.device_get(parts), batch.rows, batch.num_steps, strict=True):
+        for slot, (chains, counts) in enumerate(zip(rows, num_steps, strict=True)):
+            ends = np.cumsum(counts)
+            for row, start, end in zip(chains, ends - counts, ends, strict=True):
+                found[row] = (full[slot, start:end], two_token[slot, start:end])
+    return found
+
+
+def response_scores(step_scores: Sequence[np.ndarray], aggregate: str) -> np.ndarray:
+    """Step scores of each chain -> response scores, float32 [n], by one of `losses.AGGREGATIONS`."""
+    num_steps = np.array([len(scores) for scores in step_scores])
+    padded = np.zeros((len(step_scores), max(num_steps, default=1)), np.float32)
+    for scores, row in zip(step_scores, padded, strict=True):
+        row[: len(scores)] = scores
+    mask = np.arange(padded.shape[1])[None] < num_steps[:, None]
+    return np.asarray(losses.AGGREGATIONS[aggregate](jnp.asarray(padded), jnp.asarray(mask)))
 
 
 def with_plus_history(example: Example) -> Example:
@@ -104,12 +195,14 @@ def score_line(dataset: Dataset, row: int, scores: ChainScores) -> dict[str, Any
 
 
 def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
-    """`task=score`: reads and checks all rows, scores them, writes one JSON line per chain.
+    """`task=score`: reads and checks all rows, scores them, writes one JSON line per chain as they are done.
 
-    The workdir gets config.json and metrics.jsonl, and the scores where `output` names no other place.
+    The workdir gets config.json and metrics.jsonl, and the scores where `output` names no other place. The same command
+    goes on after a kill, to the same bytes; of a finished run it gives the result.
 
     Raises:
-      InputError: before anything is compiled, the first row that cannot be scored, or an output that cannot be written.
+      InputError: before anything is compiled, the first row that cannot be scored, an output that cannot be written or
+        that something else wrote, or a workdir of another run.
     """
     judged = cfg.score.history == "plus"
     examples = build.read_file(cfg.input, "input", labels_required=not judged)
@@ -120,18 +213,55 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
     if output.resolve() == Path(cfg.input.path).resolve():
         raise InputError(f"--config.output={output}: is the input file itself; give another file")
-    claim_workdir(workdir, build.record(cfg), resumes=False)
+    _check_output(output, begun=(workdir / "config.json").is_file())
+    claim_workdir(workdir, build.record(cfg))
+    done = _lines_kept(output, len(dataset.rows))
+    if done < len(dataset.rows):
+        began = time.perf_counter()
+        windows = score_windows(
+            model,
+            dataset,
+            batch_size=cfg.batch_size,
+            aggregate=cfg.aggregate,
+            reading=build.reading(cfg),
+            rows=dataset.rows[done:],
+        )
+        with output.open("a", encoding="utf-8") as file, closing(windows):
+            for window in windows:
+                lines = [json.dumps(to_json(score_line(dataset, row, scores))) + "\n" for row, scores in window]
+                file.write("".join(lines))
+                file.flush()
+        rate = {"chains_per_second": (len(dataset.rows) - done) / (time.perf_counter() - began)}
+        scores = [line["score"] for line in read_json_lines(output)]
+        result = {"num_chains": len(scores), "mean_score": float(np.mean(scores))}
+        write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "score", **result, **rate}])
+    (line,) = read_json_lines(workdir / METRICS_FILE)
+    return {"output": str(output), "num_chains": line["num_chains"], "mean_score": line["mean_score"]}
+
+
+def _check_output(output: Path, *, begun: bool) -> None:
+    """Scores of hours must not be lost to a wrong path, nor a file to them; `begun`: it may be this run's own.
+
+    Raises:
+      InputError: it cannot be written, or something else has written it.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a").close()  # scores of hours must not be lost to a wrong path
+        with output.open("a") as file:
+            empty = file.tell() == 0
     except OSError as error:
         raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
-    began = time.perf_counter()
-    reading = build.reading(cfg)
-    scores = score_dataset(model, dataset, batch_size=cfg.batch_size, aggregate=cfg.aggregate, reading=reading)
-    lines = [score_line(dataset, *scored) for scored in zip(dataset.rows.tolist(), scores, strict=True)]
-    write_json_lines(output, lines)
-    result = {"num_chains": len(lines), "mean_score": float(np.mean([s.response for s in scores]))}
-    rate = {"chains_per_second": len(lines) / (time.perf_counter() - began)}
-    write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "score", **result, **rate}])
-    return {"output": str(output), **result}
+    if not empty and not begun:
+        raise InputError(f"--config.output={output}: exists already; remove it, or give another file")
+
+
+def _lines_kept(output: Path, num_rows: int) -> int:
+    """The number of lines that an earlier run has left: whole windows, so that the rest is grouped as it was to be.
+
+    What stands after them is cut off.
+    """
+    with output.open("r+b") as file:
+        whole = [line for line in file.readlines() if line.endswith(b"\n")]
+        done = len(whole) if len(whole) == num_rows else len(whole) // sharing.WINDOW * sharing.WINDOW
+        file.truncate(sum(map(len, whole[:done])))
+    return done

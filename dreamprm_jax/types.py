@@ -41,6 +41,31 @@ class Batch(NamedTuple):
     soft_labels: Array | None = None  # [B, S] float32: probability that the label is "+", where the loss is to use it
 
 
+class Prefix(NamedTuple):
+    """What chains have in common at their beginning (a question and its images), padded on the right.
+
+    A row is a group of chains that begin alike.
+    """
+
+    tokens: Array  # [B, T] int32
+    image_index: Array  # [B, T] int32: which of the row's image features stands here; -1: the token itself
+    tiles: Array  # [B, P, height, width, 3] uint8
+    length: Array  # [B] int32: tokens that are no padding
+
+
+class Continuations(NamedTuple):
+    """How a row's chains go on after their prefix: one after the other on one axis, padded at its end.
+
+    Each token sees the prefix and what comes before it in its own chain.
+    """
+
+    tokens: Array  # [B, T] int32
+    image_index: Array  # [B, T] int32: as in `Prefix`; counts all of the row's features
+    chain: Array  # [B, T] int32: which of the row's chains; -1: padding
+    positions: Array  # [B, T] int32: in the chain, its prefix included
+    step_positions: Array  # [B, S] int32: of all chains, on this axis
+
+
 class TrainState(NamedTuple):
     """The inner (lower) level: what a plain training step reads and writes."""
 

@@ -122,7 +122,9 @@ def test_recorded_model_gives_the_recorded_numbers(shared, tmp_path, layout):
         states = internvl.vision_states(config, params, pixels)
         features = internvl.encode_pixels(config, params, pixels)
         x = internvl.embed_tokens(config, params, ids)
-        x = internvl.merge_image_features(x, ids == IMAGE_TOKEN, features.reshape(1, -1, features.shape[-1]))
+        x = internvl.merge_image_features(
+            x, internvl.image_index(ids == IMAGE_TOKEN), features.reshape(1, -1, features.shape[-1])
+        )
         hidden = internvl.language_states(config, params, x, jnp.arange(ids.shape[1])[None])
         return states, features, internvl.head(config, params, hidden)
 

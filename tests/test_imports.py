@@ -28,7 +28,7 @@ ORDER = [
     {"generate"},
     {"build", "steps", "train"},
     {"scoring"},
-    {"evaluate", "page", "sweeps"},
+    {"evaluate", "page", "prm", "sweeps"},
     {"plots"},
     {"report"},
     {"results"},

@@ -147,14 +147,16 @@ def test_image_features_go_to_the_image_tokens_in_order():
     for row in range(2):
         for nth, position in enumerate(np.flatnonzero(mask[row])):
             expected[row, position] = features[row, nth]
-    got = internvl.merge_image_features(jnp.asarray(embeddings), jnp.asarray(mask), jnp.asarray(features))
+    got = internvl.merge_image_features(
+        jnp.asarray(embeddings), internvl.image_index(jnp.asarray(mask)), jnp.asarray(features)
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_features", [2, 0])
 def test_an_image_token_without_a_feature_is_nan(num_features):
     mask = jnp.array([[True, True, False, True]])
-    got = internvl.merge_image_features(jnp.ones((1, 4, 3)), mask, jnp.ones((1, num_features, 3)))
+    got = internvl.merge_image_features(jnp.ones((1, 4, 3)), internvl.image_index(mask), jnp.ones((1, num_features, 3)))
     assert np.isnan(got[0, 3]).all()
     assert np.isfinite(got[0, 2]).all()
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from dreamprm_jax.data import shapes
+from dreamprm_jax.data import shapes, sharing
 from dreamprm_jax.data.dataset import Dataset
+from dreamprm_jax.data.sharing import BatchPlan, SharedBatch
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.types import Batch
 
@@ -203,10 +204,11 @@ def training_batches(
 
     numbers = grain.MapDataset.source(range(first, len(plan)))
     batches = numbers.map(lambda number: batch_of(plan[number]))
-    return _read_ahead(batches, reading)
+    return read_ahead(batches, reading)
 
 
-def _read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIterator:
+def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIterator:
+    """The elements in order, some of them ready before they are asked for; `close()` ends it."""
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.ahead)
     stream = batches.to_iter_dataset(options)
     if reading.workers:
@@ -223,6 +225,11 @@ def count_visits(plan: Plan, num_rows: int) -> np.ndarray:
     return np.bincount(np.concatenate([plan[n] for n in range(len(plan))]), minlength=num_rows)
 
 
+def shared_batches(dataset: Dataset, plans: Sequence[BatchPlan], reading: Reading = READING) -> Iterator[SharedBatch]:
+    """The batches of a scoring plan in order, read ahead; `close()` ends the reading."""
+    return read_ahead(grain.MapDataset.source(plans).map(lambda plan: sharing.collate(dataset, plan)), reading)
+
+
 def ordered_batches(dataset: Dataset, batch_size: int, reading: Reading = READING) -> Iterator[Batch]:
     """Every usable row once, longest first so that neighbours share a shape; the last batch is filled up.
 
@@ -231,4 +238,4 @@ def ordered_batches(dataset: Dataset, batch_size: int, reading: Reading = READIN
     by_length = sorted(dataset.rows.tolist(), key=lambda row: (-dataset.num_tiles[row], -dataset.num_tokens[row]))
     starts = grain.MapDataset.source(range(0, len(by_length), batch_size))
     batches = starts.map(lambda start: collate(dataset, by_length[start : start + batch_size], batch_size))
-    return _read_ahead(batches, reading)
+    return read_ahead(batches, reading)

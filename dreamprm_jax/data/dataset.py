@@ -11,7 +11,7 @@ import numpy as np
 
 from dreamprm_jax.data import shapes
 from dreamprm_jax.data.bad_rows import RAISE, OnError, settle
-from dreamprm_jax.data.example import Encoded, Example
+from dreamprm_jax.data.example import Encoded, Example, ImageSource
 from dreamprm_jax.data.fields import field_error
 from dreamprm_jax.data.images import count_tiles, image_size, open_image, tile_image
 from dreamprm_jax.data.tokens import PRMTokenizer, check_length, encode, encode_many
@@ -102,18 +102,32 @@ class Dataset:
           InputError: an image that is not the one that was checked.
         """
         example = self.examples[row]
-        if self.encoded is None:
-            num_tiles = _tiles_of_images(example, self.images)
-            encoded = encode(self.tokenizer, example, num_tiles, self.images.tokens_per_tile)
-        else:
-            encoded = self.encoded[row]
-        tiles = read_tiles(example, self.images) if self.tiles is None else self.tiles[row]
-        if len(tiles) != self.num_tiles[row]:
-            raise InputError(f'{example.place}: "image" changed on disk since the run began; start again')
+        encoded = self._encode(example, row)
         if self.outcome_targets:
             target = self.tokenizer.plus_id if example.true_false else self.tokenizer.minus_id
             encoded = encoded._replace(labels=np.full_like(encoded.labels, target))
-        return encoded, tiles
+        return encoded, self._read_tiles(example, row)
+
+    def load_tokens(self, row: int) -> tuple[Encoded, tuple[ImageSource, ...]]:
+        """A row's tokens and images as they stand, no image decoded."""
+        example = self.examples[row]
+        return self._encode(example, row), example.images
+
+    def load_tiles(self, row: int) -> np.ndarray:
+        """A row's tiles alone; errors as those of `load`."""
+        return self._read_tiles(self.examples[row], row)
+
+    def _encode(self, example: Example, row: int) -> Encoded:
+        if self.encoded is not None:
+            return self.encoded[row]
+        num_tiles = tiles_of_images(example, self.images)
+        return encode(self.tokenizer, example, num_tiles, self.images.tokens_per_tile)
+
+    def _read_tiles(self, example: Example, row: int) -> np.ndarray:
+        tiles = read_tiles(example, self.images) if self.tiles is None else self.tiles[row]
+        if len(tiles) != self.num_tiles[row]:
+            raise InputError(f'{example.place}: "image" changed on disk since the run began; start again')
+        return tiles
 
 
 class _Wanted(NamedTuple):
@@ -228,7 +242,7 @@ def _open(
         if wanted.in_memory:
             for source in example.images:
                 open_image(source, example.place)
-        return example, _tiles_of_images(example, wanted.images)
+        return example, tiles_of_images(example, wanted.images)
     except InputError as error:
         return InputError(str(error), kind=error.kind)  # without its frames, which hold the row's images
 
@@ -254,7 +268,8 @@ def _check_soft_labels(example: Example) -> None:
         )
 
 
-def _tiles_of_images(example: Example, images: ImageSpec) -> list[int]:
+def tiles_of_images(example: Example, images: ImageSpec) -> list[int]:
+    """Tiles of each of the row's images, thumbnails included; errors as those of `images.image_size`."""
     sizes = [image_size(source, example.place) for source in example.images]
     max_tiles = images.max_tiles_of(example)
     return [count_tiles(*size, max_tiles=max_tiles, tile_size=images.tile_size) for size in sizes]

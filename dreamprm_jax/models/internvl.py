@@ -7,15 +7,16 @@ parameters of all layers of a tower are stacked on a leading L axis under "layer
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models.presets import IMAGENET_MEAN, IMAGENET_STD, InternVLConfig
-from dreamprm_jax.models.qwen2 import Qwen2
+from dreamprm_jax.models.qwen2 import KeysValues, Qwen2
 from dreamprm_jax.models.vit import InternViT, Projector, pixel_shuffle
-from dreamprm_jax.types import Batch, PyTree
+from dreamprm_jax.types import Batch, Continuations, Prefix, PyTree
 
 
 def init(config: InternVLConfig, key: jax.Array) -> PyTree:
@@ -61,23 +62,23 @@ def encode_images(config: InternVLConfig, params: PyTree, tiles: jax.Array) -> j
     return encode_pixels(config, params, normalise(tiles))
 
 
-def merge_image_features(embeddings: jax.Array, image_mask: jax.Array, features: jax.Array) -> jax.Array:
+def merge_image_features(embeddings: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:
     """Put image features where the image tokens are.
 
     Args:
       embeddings: [B, T, D] of the text tokens.
-      image_mask: [B, T]; the n-th true position of a row takes the row's n-th feature.
+      image_index: [B, T]: the row's feature that stands there; -1: the text token.
       features: [B, P * I, D], those of padding tiles last.
 
     Returns:
       [B, T, D]; NaN at an image token that has no feature: a wrong value would train a wrong model in silence.
     """
+    is_image = image_index[:, :, None] >= 0
     if features.shape[1] == 0:
-        return jnp.where(image_mask[:, :, None], jnp.nan, embeddings)
-    nth = jnp.cumsum(image_mask, axis=1) - 1  # [B, T]
-    nth = jnp.maximum(nth, 0)  # before the first image token; not used there
-    at_tokens = jnp.take_along_axis(features, nth[:, :, None], axis=1, mode="fill", fill_value=jnp.nan)
-    return jnp.where(image_mask[:, :, None], at_tokens, embeddings)
+        return jnp.where(is_image, jnp.nan, embeddings)
+    index = jnp.maximum(image_index, 0)[:, :, None]
+    at_tokens = jnp.take_along_axis(features, index, axis=1, mode="fill", fill_value=jnp.nan)
+    return jnp.where(is_image, at_tokens, embeddings)
 
 
 def embed_tokens(config: InternVLConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
@@ -87,14 +88,22 @@ def embed_tokens(config: InternVLConfig, params: PyTree, tokens: jax.Array) -> j
 
 def embed_batch(config: InternVLConfig, params: PyTree, batch: Batch) -> jax.Array:
     """Text and images of a batch as the language model's input [B, T, D]."""
-    num_rows, num_tiles = batch.tiles.shape[:2]
-    embeddings = embed_tokens(config, params, batch.tokens)
+    features = features_of_rows(config, params, batch.tiles)
+    return merge_image_features(embed_tokens(config, params, batch.tokens), image_index(batch.image_mask), features)
+
+
+def image_index(image_mask: jax.Array) -> jax.Array:
+    """[B, T] bool -> [B, T]: the n-th image token of a row takes its n-th feature; -1 where there is none."""
+    return jnp.where(image_mask, jnp.cumsum(image_mask, axis=1) - 1, -1)
+
+
+def features_of_rows(config: InternVLConfig, params: PyTree, tiles: jax.Array) -> jax.Array:
+    """Tiles [B, P, height, width, 3] uint8 -> image features [B, P * I, D] in the compute type."""
+    num_rows, num_tiles = tiles.shape[:2]
     if num_tiles == 0:
-        features = jnp.zeros((num_rows, 0, config.language.width), embeddings.dtype)
-    else:
-        features = encode_images(config, params, batch.tiles.reshape(-1, *batch.tiles.shape[2:]))
-        features = features.reshape(num_rows, num_tiles * config.image_tokens_per_tile, -1)
-    return merge_image_features(embeddings, batch.image_mask, features)
+        return jnp.zeros((num_rows, 0, config.language.width), config.compute_dtype)
+    features = encode_images(config, params, tiles.reshape(-1, *tiles.shape[2:]))
+    return features.reshape(num_rows, num_tiles * config.image_tokens_per_tile, -1)
 
 
 def language_states(config: InternVLConfig, params: PyTree, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -122,6 +131,49 @@ def apply(config: InternVLConfig, params: PyTree, batch: Batch) -> jax.Array:
       InputError: if the tiles have another size than the model's.
     """
     return head(config, params, step_hidden_states(config, params, batch))
+
+
+class Past(NamedTuple):
+    """What is kept of a row's beginning, so that its chains can go on from there."""
+
+    keys_values: KeysValues  # [L, B, T, K, H]
+    length: jax.Array  # [B]: positions that count; those after it are padding
+    features: jax.Array  # [B, P * I, D], for image tokens that come later
+
+
+def begin(config: InternVLConfig, params: PyTree, prefix: Prefix) -> Past:
+    """Runs what a row's chains have in common: its tiles through the vision tower, its tokens through the layers."""
+    features = features_of_rows(config, params, prefix.tiles)
+    x = merge_image_features(embed_tokens(config, params, prefix.tokens), prefix.image_index, features)
+    keys_values = Qwen2(config, keeps=True).apply({"params": params["language"]}, x, method="begin")
+    return Past(keys_values, prefix.length, features)
+
+
+def go_on(
+    config: InternVLConfig, params: PyTree, past: Past, continuations: Continuations
+) -> tuple[jax.Array, KeysValues]:
+    """Logits [B, S, V], float32, at the step positions of each row's chains; and keys and values [L, B, T, K, H].
+
+    The same, up to rounding, as `apply` to every chain alone.
+    """
+    embeddings = embed_tokens(config, params, continuations.tokens)
+    x = merge_image_features(embeddings, continuations.image_index, past.features)
+    num_past, num_tokens = past.keys_values.keys.shape[2], x.shape[1]
+    sees_past = jnp.arange(num_past)[None, None, :] < past.length[:, None, None]
+    sees_past = jnp.broadcast_to(sees_past, (len(x), num_tokens, num_past))
+    own_chain = continuations.chain[:, :, None] == continuations.chain[:, None, :]
+    sees_present = own_chain & jnp.tri(num_tokens, dtype=bool)[None]
+    seen = jnp.concatenate([sees_past, sees_present], axis=2)
+    hidden, keys_values = Qwen2(config, keeps=True).apply(
+        {"params": params["language"]},
+        x,
+        continuations.positions,
+        past.keys_values,
+        seen,
+        continuations.step_positions,
+        method="go_on",
+    )
+    return head(config, params, hidden), keys_values
 
 
 def _language(config: InternVLConfig, params: PyTree, *args: jax.Array, method: str) -> jax.Array:

@@ -82,19 +82,29 @@ class RMSNorm(nn.Module):
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, config: InternVLConfig, causal: bool, num_filler: int = 0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    config: InternVLConfig,
+    causal: bool,
+    num_filler: int = 0,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention; logits and softmax in float32, since bfloat16 cannot tell close logits apart.
 
     Args:
       q: [B, T, N, H].
-      k, v: [B, T, K, H]; each of the K heads serves N / K query heads.
+      k, v: [B, U, K, H]; each of the K heads serves N / K query heads. U = T but where `seen` is given.
       causal: position t sees positions <= t only.
       num_filler: the last positions, which no other sees; fused attention alone has any (`with_filler`).
+      seen: bool [B, T, U], in place of all that: what each query sees, itself at least. The queries are at the last T
+        of the U positions, and none sees a later one.
 
     Returns:
       [B, T, N, H].
     """
+    if seen is not None and jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=config.attention)
     if config.attention == "cudnn":
         num_rows, num_tokens = q.shape[:2]
         seen = jnp.full((num_rows,), num_tokens - num_filler, jnp.int32) if num_filler else None
@@ -102,7 +112,7 @@ def attend(
             q, k, v, is_causal=causal, key_value_seq_lengths=seen, implementation="cudnn"
         )
     if jax.default_backend() == "cpu":
-        return attend_in_blocks(q, k, v, causal)
+        return attend_in_blocks(q, k, v, causal or seen is not None, seen)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 
 
@@ -126,43 +136,49 @@ def with_filler(x: jax.Array, config: InternVLConfig) -> tuple[jax.Array, int]:
 _CACHED_LOGITS = 2**18  # float32 logits at a time, 1 MiB: with their neighbours they stay in a core's cache
 
 
-def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def attend_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, seen: jax.Array | None = None
+) -> jax.Array:
     """What `attend` computes, in the order that suits a CPU: few logits at a time, which stay in its cache.
 
     The gradient forms them again, since that takes less time than to write and read them.
     """
     num_rows, num_tokens, num_heads, width = q.shape
+    num_past = k.shape[1] - num_tokens
     # Blocks of queries; if causal, with the keys up to the block's end alone, so that almost half of the logits are
     # never formed. At most 8 blocks, since each is code to compile.
     size = -(-num_tokens // min(8, -(-num_tokens // 256)))
 
-    def one_head(qkv: tuple[jax.Array, ...]) -> jax.Array:
-        q, k, v = qkv  # [T, H], [H, T], [T, H]
+    def one_head(inputs: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, row = inputs  # [T, H], [H, U], [U, H], []
         blocks = []
         for start in range(0, num_tokens, size):
-            seen = start + size if causal else num_tokens
-            blocks.append(_weigh(q[start : start + size], k[:, :seen], v[:seen], causal))
+            end = min(start + size, num_tokens)
+            last = num_past + end if causal else num_tokens
+            visible = jnp.tri(end - start, last, num_past + start, dtype=bool) if causal else None
+            if seen is not None:
+                visible = seen[row, start:end, :last]
+            blocks.append(_weigh(q[start:end], k[:, :last], v[:last], visible))
         return jnp.concatenate(blocks)
 
     # Heads go before positions, and k and v are copied for every query head, as each is a product of its own. Of k the
     # positions come last: its gradient is then a product with long rows.
     q, k, v = (jnp.repeat(x.swapaxes(1, 2), num_heads // x.shape[2], axis=1) for x in (q, k, v))
-    q, k, v = (x.reshape(-1, num_tokens, width) for x in (q, k, v))
+    q, k, v = (x.reshape(-1, x.shape[2], width) for x in (q, k, v))
+    rows = jnp.repeat(jnp.arange(num_rows), num_heads)
     # As many heads at once as fit, a divisor of all; one is not a batch of one, whose products are slower.
-    fitting = [n for n in range(2, len(q) + 1) if len(q) % n == 0 and n * size * num_tokens <= _CACHED_LOGITS]
+    fitting = [n for n in range(2, len(q) + 1) if len(q) % n == 0 and n * size * k.shape[1] <= _CACHED_LOGITS]
     at_once = max(fitting, default=None)
-    mixed = jax.lax.map(jax.checkpoint(one_head, prevent_cse=False), (q, k.swapaxes(1, 2), v), batch_size=at_once)
+    mixed = jax.lax.map(jax.checkpoint(one_head, prevent_cse=False), (q, k.swapaxes(1, 2), v, rows), batch_size=at_once)
     return mixed.reshape(num_rows, num_heads, num_tokens, width).swapaxes(1, 2)
 
 
-def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """[Q, H], [H, T], [T, H] -> [Q, H]; if causal, the queries are at the last Q of the T positions."""
+def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """[Q, H], [H, T], [T, H] -> [Q, H]; `visible` [Q, T] says what each query sees, None: everything."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("qh,ht->qt", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-    if causal:
-        num_queries, num_keys = logits.shape
-        seen = jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
-        logits = jnp.where(seen, logits, jnp.finfo(wide).min)
+    if visible is not None:
+        logits = jnp.where(visible, logits, jnp.finfo(wide).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     mixed = jnp.einsum("qt,th->qh", weights.astype(v.dtype), v, preferred_element_type=wide)
     # The sums divide [Q, H], not [Q, T]: of that size the gradient then needs the weights alone.
@@ -178,11 +194,12 @@ def _products_and_fused_attention(primitive: Any, *args: Any, **params: Any) -> 
     return is_product or primitive.name.startswith("dot_product_attention_fwd")
 
 
-def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, num_shared: int = 0) -> Any:
+def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, inputs: str = "") -> Any:
     """`block` repeated `num_layers` times in one loop: parameters stacked on a leading L axis, compiled once.
 
-    The block maps (x, *shared) to (x, None); its `num_shared` further inputs are the same for every layer.
-    `config.remat` says what the backward pass recomputes.
+    The block maps (x, *inputs) to (x, output). `inputs` has a letter for each: "s", the same for every layer, or "l",
+    each layer its own, stacked on a leading L axis, as the outputs are. `config.remat` says what the backward pass
+    recomputes.
     """
     if config.remat != "none":
         saved = _products_and_fused_attention if config.remat == "dots" else None
@@ -192,7 +209,7 @@ def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int,
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * num_shared,
+        in_axes=tuple(nn.broadcast if letter == "s" else 0 for letter in inputs),
         length=num_layers,
         unroll=min(config.scan_unroll, num_layers),
     )

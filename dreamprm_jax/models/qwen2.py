@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,19 +13,26 @@ from dreamprm_jax.models.layers import Linear, RMSNorm, attend, scan_layers, wit
 from dreamprm_jax.models.presets import InternVLConfig, LanguageConfig
 
 
-def rotary_angles(language: LanguageConfig, num_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position times frequency, each [T, H / 2]; float32, since angles reach 1e4 radians."""
+class KeysValues(NamedTuple):
+    """What attention needs of positions that it has passed, a leading L axis for the layers; keys are rotated."""
+
+    keys: jax.Array  # [L, B, T, K, H]
+    values: jax.Array  # [L, B, T, K, H]
+
+
+def rotary_angles(language: LanguageConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position times frequency: [B, T] -> [B, T, H / 2]; float32, since angles reach 1e4 radians."""
     head_width = language.width // language.num_heads
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     frequencies = np.float32(1) / np.float32(language.rope_theta) ** exponents
-    angles = jnp.arange(num_tokens, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x[h], x[h + H / 2]) of [B, T, N, H] by their angles, in float32 as the angles are."""
+    """Turn the pairs (x[h], x[h + H / 2]) of [B, T, N, H] by angles [B or 1, T, H / 2], in float32 as those are."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
@@ -32,22 +41,38 @@ class LanguageBlock(nn.Module):
     """Pre-norm block: grouped-query attention with rotary positions, then SwiGLU."""
 
     config: InternVLConfig
+    keeps: bool = False  # hand out keys and values
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        past: KeysValues | None = None,
+        seen: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """[B, T, D] -> [B, T, D], causal; with a past of U positions, what `seen` [B, T, U + T] says."""
         eps = self.config.language.rms_norm_eps
-        x = x + self.attention(RMSNorm(eps, name="norm1")(x), cos, sin)
-        return x + self.mlp(RMSNorm(eps, name="norm2")(x)), None  # [B, T, D]
+        mixed, keys_values = self.attention(RMSNorm(eps, name="norm1")(x), cos, sin, past, seen)
+        x = x + mixed
+        return x + self.mlp(RMSNorm(eps, name="norm2")(x)), keys_values if self.keeps else None
 
-    def attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def attention(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, past: KeysValues | None, seen: jax.Array | None
+    ) -> tuple[jax.Array, KeysValues]:
         language = self.config.language
         width, heads, kv_heads = language.width, language.num_heads, language.num_kv_heads
         head_width = width // heads
         q = Linear("btd,dnh->btnh", (width, heads, head_width), name="q")(x)
         k = Linear("btd,dkh->btkh", (width, kv_heads, head_width), name="k")(x)
         v = Linear("btd,dkh->btkh", (width, kv_heads, head_width), name="v")(x)
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.config, causal=True)
-        return self.residual("btnh,nhd->btd", (heads, head_width, width), "out")(mixed)
+        k = rotate(k, cos, sin)
+        keys, values = k, v
+        if past is not None:
+            keys, values = jnp.concatenate([past.keys, k], axis=1), jnp.concatenate([past.values, v], axis=1)
+        mixed = attend(rotate(q, cos, sin), keys, values, self.config, causal=True, seen=seen)
+        return self.residual("btnh,nhd->btd", (heads, head_width, width), "out")(mixed), KeysValues(k, v)
 
     def mlp(self, x: jax.Array) -> jax.Array:
         language = self.config.language
@@ -66,6 +91,7 @@ class Qwen2(nn.Module):
     """Embedding, blocks, final norm and head, callable one by one."""
 
     config: InternVLConfig
+    keeps: bool = False  # `begin` and `go_on`: the blocks hand out keys and values, and take those of a past
 
     def setup(self) -> None:
         language = self.config.language
@@ -73,7 +99,8 @@ class Qwen2(nn.Module):
         # Variance 1 / D per entry: a tied head then begins with logits of variance 1.
         init = nn.initializers.normal(language.width**-0.5)
         self.embedding = self.param("embedding", init, shape)
-        self.layers = scan_layers(LanguageBlock, self.config, language.num_layers, num_shared=2)(self.config)
+        inputs = "ssls" if self.keeps else "ss"
+        self.layers = scan_layers(LanguageBlock, self.config, language.num_layers, inputs)(self.config, self.keeps)
         self.norm = RMSNorm(language.rms_norm_eps)
         self.lm_head = self.embedding if language.tie_embeddings else self.param("lm_head", init, shape)
 
@@ -85,9 +112,33 @@ class Qwen2(nn.Module):
     def hidden_states(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeddings [B, T, D] -> normalised hidden states [B, S, D] at `positions` [B, S]."""
         x, _ = with_filler(x, self.config)  # it comes last, where causal attention sees it from itself alone
-        cos, sin = rotary_angles(self.config.language, x.shape[1])
+        cos, sin = rotary_angles(self.config.language, jnp.arange(x.shape[1])[None])
         x, _ = self.layers(x, cos, sin)
         return self.norm(jnp.take_along_axis(x, positions[:, :, None], axis=1))
+
+    def begin(self, x: jax.Array) -> KeysValues:
+        """Embeddings [B, T, D] -> keys and values of every position; causal."""
+        cos, sin = rotary_angles(self.config.language, jnp.arange(x.shape[1])[None])
+        return self.layers(x, cos, sin, None, None)[1]
+
+    def go_on(
+        self, x: jax.Array, positions: jax.Array, past: KeysValues, seen: jax.Array, wanted: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Runs what comes after a past of U positions.
+
+        Args:
+          x: embeddings [B, T, D].
+          positions: [B, T], for the rotary angles.
+          past: keys and values [L, B, U, K, H].
+          seen: bool [B, T, U + T], what each position sees.
+          wanted: [B, S], positions of the T whose states are asked for.
+
+        Returns:
+          Normalised hidden states [B, S, D]; keys and values [L, B, T, K, H].
+        """
+        cos, sin = rotary_angles(self.config.language, positions)
+        x, keys_values = self.layers(x, cos, sin, past, seen)
+        return self.norm(jnp.take_along_axis(x, wanted[:, :, None], axis=1)), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] -> logits [B, S, V], float32, since a loss subtracts nearly equal ones."""

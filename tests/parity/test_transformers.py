@@ -105,7 +105,7 @@ def logits_of(config, params, inputs):
     ids = jnp.asarray(ids)
     features = internvl.encode_pixels(config, params, pixels).reshape(1, NUM_TILES * IMAGE_TOKENS, -1)
     x = internvl.embed_tokens(config, params, ids)
-    x = internvl.merge_image_features(x, ids == IMAGE_TOKEN, features)
+    x = internvl.merge_image_features(x, internvl.image_index(ids == IMAGE_TOKEN), features)
     positions = jnp.arange(ids.shape[1])[None]
     return internvl.head(config, params, internvl.language_states(config, params, x, positions))
 

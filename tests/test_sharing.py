@@ -1,0 +1,166 @@
+"""Chains that begin alike are found, and packed so that nothing of them is lost."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dreamprm_jax.data import sharing
+from dreamprm_jax.data.example import GPT, HUMAN, Turn
+from dreamprm_jax.data.sharing import Outline, find_groups
+from tests.test_batches import ROWS, encode, png, text_only
+from tests.test_dataset import OnDisk
+
+
+def chain(row, text, images=b"a", num_tiles=1, first_step=None):
+    """A chain of one letter a token; its first step is scored at the last one, if not said."""
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return Outline(row, tokens, images, num_tiles, len(text) - 1 if first_step is None else first_step)
+
+
+def grouped(*chains):
+    return {tuple(sorted(member.row for member in members)): prefix for members, prefix in find_groups(chains)}
+
+
+def test_candidates_of_a_question_are_found_wherever_they_stand():
+    chains = [chain(0, "asked1x"), chain(1, "other9y", b"b"), chain(2, "asked2y"), chain(3, "other8x", b"b")]
+    assert grouped(*chains) == {(0, 2): 5, (1, 3): 5}
+
+
+def test_what_is_scored_is_not_shared():
+    assert grouped(chain(0, "same", first_step=2), chain(1, "same", first_step=2)) == {(0, 1): 2}
+    assert grouped(chain(0, "same and more", first_step=4), chain(1, "same")) == {(0, 1): 3}
+
+
+def test_other_images_are_never_shared():
+    assert grouped(chain(0, "same text"), chain(1, "same text", b"b")) == {(0,): 8, (1,): 8}
+
+
+def test_without_images_a_question_is_worth_more_than_a_prompt():
+    prompt, texts = "p" * 20, ("a" * 30, "b" * 30)
+    rows = [
+        chain(4 * question + n, f"{prompt}{text}{n}.", b"", 0) for question, text in enumerate(texts) for n in range(4)
+    ]
+    assert grouped(*rows) == {(0, 1, 2, 3): 50, (4, 5, 6, 7): 50}
+    single = [chain(n, f"{prompt}{n}{'abc'[n] * 30}.", b"", 0) for n in range(3)]
+    assert grouped(*single) == {(0, 1, 2): 20}  # of questions with one chain each the prompt is all there is to share
+
+
+def cuts(items):
+    """All ways to cut a list into pieces."""
+    if not items:
+        yield []
+    for count in range(1, len(items) + 1):
+        yield from ([items[:count], *rest] for rest in cuts(items[count:]))
+
+
+def saved(groups):
+    total = 0
+    for members in groups:
+        prefix = min((sharing._common(a, b) for a, b in itertools.combinations(members, 2)), default=0)
+        total += (len(members) - 1) * prefix
+    return total
+
+
+def test_no_other_cut_saves_more():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        chains = [chain(row, "".join(rng.choice(list("ab"), 6)) + ".", b"", 0) for row in range(5)]
+        found = find_groups(chains)
+        assert saved([members for members, _ in found]) == max(
+            map(saved, cuts(sorted(chains, key=lambda chain: chain.tokens.tolist())))
+        )
+        for members, prefix in found:
+            assert len({tuple(member.tokens[:prefix]) for member in members}) == 1
+            assert prefix <= min(member.first_step for member in members)
+
+
+def chains_of_a_question(count):
+    """Chains of one and two steps after a common question turn, with one image."""
+    row = ROWS.train[0]
+    question, *_ = row.turns
+    steps = ["4>3", "3>1", "4>2", "2>1", "1>2", "1>3"]
+    rows = []
+    for number in range(count):
+        turns = (question, Turn(HUMAN, steps[number % 6]), Turn(GPT, "+"))
+        if number % 2:
+            turns += (Turn(HUMAN, steps[(number + 1) % 6]), Turn(GPT, "+"))
+        rows.append(row._replace(row=number, turns=turns))
+    return rows
+
+
+def unpacked(batch):
+    """{row: tokens} of a batch, prefix and continuation put together again; checks what must hold of every token."""
+    found = {}
+    for part, rows in zip(batch.parts, batch.rows, strict=True):
+        for slot, chains in enumerate(rows):
+            length = batch.prefix.length[slot]
+            for number, row in enumerate(chains):
+                own = np.flatnonzero(part.chain[slot] == number)
+                assert np.array_equal(part.positions[slot, own], length + np.arange(len(own)))
+                found[row] = np.concatenate([batch.prefix.tokens[slot, :length], part.tokens[slot, own]])
+    return found
+
+
+@pytest.mark.parametrize(("max_chains", "part_tokens"), [(8, 4096), (4, 4096), (3, 4096), (8, 15), (1, 4096)])
+def test_every_chain_comes_once_with_all_its_tokens(monkeypatch, max_chains, part_tokens):
+    """Also lists longer than a part, chains alone, and rows without images."""
+    monkeypatch.setattr(sharing, "PART_TOKENS", part_tokens)
+    rows = [*chains_of_a_question(7), *ROWS.train[1:6], text_only(ROWS.train[0])]
+    dataset = encode([row._replace(row=number) for number, row in enumerate(rows)], max_shapes=4)
+    (window,) = sharing.plan(dataset, max_chains, 4)
+    found = {}
+    for plan in window:
+        batch = sharing.collate(dataset, plan)
+        assert batch.prefix.tokens.shape == (plan.size, plan.prefix.tokens)
+        assert all(len(chains) <= max_chains for rows in batch.rows for chains in rows)
+        assert sum(len(rows[0]) for rows in batch.rows) == len(plan.groups[0].rows)
+        part = unpacked(batch)
+        assert not set(part) & set(found)
+        found |= part
+    assert sorted(found) == list(range(len(rows)))
+    for row, tokens in found.items():
+        np.testing.assert_array_equal(tokens, dataset.encoded[row].tokens)
+
+
+def test_step_positions_and_image_features_are_those_of_the_chain_alone():
+    dataset = encode(chains_of_a_question(5), max_shapes=4)
+    (window,) = sharing.plan(dataset, 8, 4)
+    (batch,) = [sharing.collate(dataset, plan) for plan in window]
+    (part,), (rows,), (num_steps,) = batch.parts, batch.rows, batch.num_steps
+    assert sorted(rows[0]) == [0, 1, 2, 3, 4]
+    positions = iter(part.step_positions[0])
+    for number, (row, count) in enumerate(zip(rows[0], num_steps[0], strict=True)):
+        encoded = dataset.encoded[row]
+        assert count == len(encoded.labels)
+        at = np.array([next(positions) for _ in range(count)])
+        np.testing.assert_array_equal(part.positions[0, at], encoded.step_positions)
+        assert (part.chain[0, at] == number).all()
+    index = batch.prefix.image_index[0]
+    assert index[index >= 0].tolist() == list(range(4 * dataset.num_tiles[0]))  # every feature once, in order
+    np.testing.assert_array_equal(batch.prefix.tiles[0, :1], dataset.load_tiles(0))
+
+
+def test_rows_on_disk_are_grouped_alike(monkeypatch):
+    rows = [*chains_of_a_question(5), ROWS.train[3]]
+    rows = [row._replace(row=number) for number, row in enumerate(rows)]
+    in_memory, on_disk = encode(rows, max_shapes=4), encode(OnDisk(rows), max_shapes=4)
+    assert sharing.plan(on_disk, 4, 2) == sharing.plan(in_memory, 4, 2)
+
+
+def test_windows_follow_the_rows(monkeypatch):
+    monkeypatch.setattr(sharing, "WINDOW", 4)
+    dataset = encode(chains_of_a_question(10))
+    windows = sharing.plan(dataset, 8, 1)
+    rows = [sorted(row for plan in window for group in plan.groups for row in group.rows) for window in windows]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert sharing.plan(dataset, 8, 1, rows=[]) == []
+
+
+def test_an_image_of_another_content_is_another_image():
+    one = sharing.outline(encode(chains_of_a_question(1)).encoded[0], [png(28, 28, 1)], 0)
+    other = sharing.outline(encode(chains_of_a_question(1)).encoded[0], [png(28, 28, 2)], 1)
+    assert find_groups([one, other])[0][0] != [one, other]
+    assert sharing.outline(encode(chains_of_a_question(1)).encoded[0], [b"ab", b"c"], 0).images != (
+        sharing.outline(encode(chains_of_a_question(1)).encoded[0], [b"a", b"bc"], 0).images
+    )
