@@ -27,6 +27,7 @@ from dreamprm_jax.data.bad_rows import RAISE, settle
 from dreamprm_jax.data.builders import read_all_questions
 from dreamprm_jax.data.example import Question
 from dreamprm_jax.data.formats.mmmu import question_turn, right_answers
+from dreamprm_jax.data.formats.prompts import QUESTION_HEADING
 from dreamprm_jax.endpoint import Candidate, Patience, Reply, RequestFailed, ask, open_client, read_key
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.messages import (
@@ -342,7 +343,7 @@ def output_row(item: Asked, num_candidates: int, folder: Path) -> dict[str, Any]
     prompt_tokens, completion_tokens = token_totals([item])
     return {
         "id": question.id,
-        "question": question_turn(question).removeprefix("### Question:\n"),
+        "question": question_turn(question).removeprefix(QUESTION_HEADING),
         "image_path": paths[0] if len(paths) == 1 else paths or None,
         "candidates": texts,
         "true_false": [is_right(text, right_answers(question), question.options) for text in texts],

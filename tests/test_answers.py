@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dreamprm_jax.data.answers import extract_answer, is_right
+from dreamprm_jax.data.answers import NO_RESPONSE, extract_answer, is_right
 
 FRUIT = ("an apple", "a pear", "a plum", "Benzene")
 TEN = tuple(f"{number} m" for number in range(1, 11))
@@ -89,6 +89,7 @@ def test_several_right_letters():
         ("Answer: point c there", "C", True),
         ("Answer: C", "C", True),
         ("", "5", False),
+        (NO_RESPONSE, "no", False),
         ("Answer: 5", "", False),
     ],
 )
@@ -104,6 +105,7 @@ def test_open_answers(response, answer, right):
         ("So the sum is 251.", "251"),
         ("251", "251"),
         (" ", None),
+        (NO_RESPONSE, None),
     ],
 )
 def test_open_answers_as_text(response, text):

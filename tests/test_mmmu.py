@@ -10,7 +10,7 @@ from PIL import Image
 from test_records import mutate
 
 from dreamprm_jax.data.conversation import IMAGE_BLOCK, render
-from dreamprm_jax.data.example import GPT, HUMAN, SYSTEM
+from dreamprm_jax.data.example import GPT, HUMAN, SYSTEM, Question
 from dreamprm_jax.data.formats import mmmu, prompts
 from dreamprm_jax.data.formats.rules import rules_for
 from dreamprm_jax.errors import InputError
@@ -299,6 +299,23 @@ def test_answer_files():
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("Which?", ("red", "light blue")),
+        ("Two\n\nlines", (" (A) ", "", "x (B) y", "so")),
+        ("Options: many", tuple(ascii_uppercase)),
+        ("How many?", ()),
+        ("Which?", ("red",)),
+    ],
+)
+def test_a_question_turn_is_taken_apart_again(text, options):
+    question = Question(0, "q", text, "", options)
+    turn = mmmu.question_turn(question)
+    assert mmmu.split_question_turn(turn) == (text, options)
+    assert mmmu.split_question_turn(turn.removeprefix("### Question:\nQuestion: ")) == (text, options)
+
+
 # The published rows
 
 
@@ -358,6 +375,10 @@ def test_published_meta_rows_come_back_from_their_responses(meta_rows, ten_optio
             continue  # "1.2\\phase{-37.8} V" is "1.2 \\phase{-37.8^\\circ} V" among the ten
         asked = read(ten_options[row["id"]], TEXT_ONLY)
         question = asked._replace(options=four_options(published[1], asked.options))
+        text, options = mmmu.split_question_turn(published[1])
+        assert (text, [option.rstrip() for option in options]) == (
+            question.text, [option.rstrip() for option in question.options]
+        )  # fmt: skip
         questions[row["id"]] = question
         example = read_response(row, questions, rules)
         assert [turn.text for turn in example.turns if turn.role != GPT] == published

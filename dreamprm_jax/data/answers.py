@@ -15,7 +15,7 @@ All of it takes time linear in the response's length.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from string import ascii_uppercase
 
 NO_RESPONSE = "(no response)"
@@ -38,6 +38,7 @@ _BRACKETED = re.compile(r"\(([A-Z])\)")
 # No part of a word or a formula; neither the article "A" nor the pronoun "I"
 _ALONE = re.compile(r"(?<![^\W_])(?<![-'\u2019+=^{\\])(?:([B-HJ-Z])|([AI])(?! [a-z]))(?![^\W_]|['\u2019+=^]|-\w)")
 _EDGES = " \t\n*_$`'\"().,;:!?"
+_OPEN_EDGES = _EDGES.replace("(", "").replace(")", "")  # f(x) keeps its brackets
 
 # What MMMU takes numbers to be: 1,234,567; 1.5e-3; 12, 1.5 and .5. Each begins where a run of digits does.
 _NUMBERS = (
@@ -56,13 +57,15 @@ def extract_answer(response: str, options: Sequence[str]) -> str | None:
       options: the texts of (A), (B), ..., 26 at most; empty for an open question.
 
     Returns:
-      With options a letter, else the text of the final answer; None where none is recognised.
+      With options a letter, else the text of the final answer; None where none is recognised, and for NO_RESPONSE.
     """
+    if response == NO_RESPONSE:
+        return None
     if options:
         return _choice(response, dict(zip(ascii_uppercase, options, strict=False)))
     lines = _answer_lines(response)
     text = lines[-1] if lines else _key_phrases(response)[-1]
-    return text.strip(_EDGES.replace("(", "").replace(")", "")) or None
+    return text.strip(_OPEN_EDGES) or None
 
 
 def is_right(response: str, answer: str | Sequence[str], options: Sequence[str]) -> bool:
@@ -76,6 +79,8 @@ def is_right(response: str, answer: str | Sequence[str], options: Sequence[str])
       response, options: as for `extract_answer`.
       answer: the right answer, or several of which each is right.
     """
+    if response == NO_RESPONSE:
+        return False  # whose "no" is not the answer "no"
     answers = [answer] if isinstance(answer, str) else list(answer)
     if options:
         return extract_answer(response, options) in answers
@@ -83,6 +88,28 @@ def is_right(response: str, answer: str | Sequence[str], options: Sequence[str])
     phrases = [lines[-1].lower()] if lines else _key_phrases(response)
     found = [value for phrase in phrases for value in _readings(phrase)]
     return any(_agree(right, value) for text in answers for right in _normal(text) for value in found)
+
+
+def vote_key(answer: str | None, options: Sequence[str]) -> Hashable | None:
+    """What an answer votes for: answers of one key are one vote.
+
+    With options the letter, read as in an `Answer: ...` line ("B", "(B)", "B. a pear", the text of an option). Open: a
+    number to two decimals, or the text in lower case.
+
+    Args:
+      answer: from `extract_answer`, or as a file gives it.
+      options: as for `extract_answer`.
+
+    Returns:
+      None where there is no vote: no answer, or one that no option has.
+    """
+    text = (answer or "").strip(_OPEN_EDGES)
+    if not text:
+        return None
+    if options:
+        return extract_answer(f"Answer: {answer}", options)
+    value = _normal(text)[0]
+    return value if value == value else text.lower()  # "nan" is a text, not a number that differs from itself
 
 
 def _answer_lines(response: str) -> list[str]:

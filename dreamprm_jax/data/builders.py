@@ -18,7 +18,7 @@ from dreamprm_jax.data.example import GPT, HUMAN, MINUS, Example, ImageSource, Q
 from dreamprm_jax.data.fields import field_error
 from dreamprm_jax.data.formats import mmmu, visualprm, visualprocessbench
 from dreamprm_jax.data.formats.rules import LabelRule, Rules, content_id, rules_for
-from dreamprm_jax.data.prepared import VERSION, PreparedQuestions, is_prepared
+from dreamprm_jax.data.prepared import PreparedQuestions, is_prepared, refuse_parent
 from dreamprm_jax.errors import InputError
 
 QUESTION_BUILDERS = ("mmmu",)
@@ -90,8 +90,7 @@ def _parse_visualprm(row: Any, index: int, place: str, rules: Rules) -> Example:
 
 def image_root(source: Source) -> str:
     """The directory that holds the images of the rows."""
-    path = raw.pattern_root(Path(source.source))
-    return source.images or str(path if path.is_dir() else path.parent)
+    return source.images or str(raw.folder(source.source))
 
 
 def _rules(source: Source) -> Rules:
@@ -120,8 +119,7 @@ def _questions_by_id(path: str, images: str | None) -> Iterator[tuple[str, Quest
         prepared = PreparedQuestions(path)
         yield from ((question.id, question) for question in (prepared[i] for i in range(len(prepared))))
         return
-    if is_prepared(Path(path) / VERSION):
-        raise InputError(f"{path}: holds a prepared set; did you mean {Path(path) / VERSION}?")
+    refuse_parent(path)
     rules = _rules(Source("mmmu", path, images))
     for row, index, place in _all_rows(path):
         try:
@@ -133,9 +131,7 @@ def _questions_by_id(path: str, images: str | None) -> Iterator[tuple[str, Quest
 
 def _all_rows(path: str) -> Iterator[tuple[Any, int, str]]:
     for name, file in raw.find_files(path).items():
-        for part in raw.cut(name, file).parts:
-            for index, row in raw.read_rows(file, part):
-                yield row, index, f"{name} row {index}"
+        yield from raw.file_rows(name, file)
 
 
 @functools.cache

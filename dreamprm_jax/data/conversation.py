@@ -58,14 +58,20 @@ def find_control_token(text: str) -> str | None:
     return match.group() if match else None
 
 
+def unfit_markers(turns: Sequence[Turn], num_images: int) -> int:
+    """The number of `<image>` markers in the human turns where it is not that of the images; 0 where it fits."""
+    markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role == HUMAN)
+    return markers if markers != num_images else 0
+
+
 def check_image_markers(turns: Sequence[Turn], num_images: int, place: str) -> None:
     """Checks that the `<image>` markers of the human turns, where there are any, match the row's images.
 
     Raises:
       InputError: numbers that differ.
     """
-    markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role == HUMAN)
-    if markers and markers != num_images:
+    markers = unfit_markers(turns, num_images)
+    if markers:
         raise InputError(
             f'{place}: "conversations" has {markers} {IMAGE_MARKER} marker(s) in human turns, but "image" '
             f"names {num_images} image(s); write one marker for each, or none to have the images put first",

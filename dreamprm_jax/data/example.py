@@ -51,7 +51,7 @@ class Question(NamedTuple):
     row: int
     id: str
     text: str  # as asked, with `<image n>` where image n (from 1) belongs
-    answer: str  # a letter where there are options, else the text of the answer
+    answer: str  # a letter where there are options, else the text of the answer; "" where it is not known
     options: tuple[str, ...] = ()  # (A), (B), ... in order; () for an open question
     images: tuple[ImageSource, ...] = ()
     candidates: tuple[str, ...] = ()  # [C] whole responses

@@ -114,9 +114,13 @@ def check_id(row: dict, place: str) -> str | int:
 
 
 def find_images(
-    value: Any, place: str, find_image: Callable[[str], Path | None], image_root: str | Path | None
+    value: Any,
+    place: str,
+    find_image: Callable[[str], Path | None],
+    image_root: str | Path | None,
+    field: str = "image",
 ) -> tuple[Path, ...]:
-    """The image files of a row's "image": a path, a list of paths, or null for none.
+    """The image files of a row's "image" (or another field): a path, a list of paths, or null for none.
 
     Raises:
       InputError: something else, or a path that names no file under `image_root`.
@@ -125,8 +129,8 @@ def find_images(
         return ()
     names = value if isinstance(value, list) else [value]
     if not names:
-        raise field_error(place, "image", "is an empty list; write null for a row without image")
-    return tuple(check_image(name, place, "image", find_image, image_root) for name in names)
+        raise field_error(place, field, "is an empty list; write null for a row without image")
+    return tuple(check_image(name, place, field, find_image, image_root) for name in names)
 
 
 def check_image(

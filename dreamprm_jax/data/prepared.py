@@ -267,6 +267,25 @@ def is_prepared(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("dataset_info.json", "features.json"))
 
 
+def refuse_parent(path: str | Path) -> None:
+    """Checks that a path of raw files is not the directory of a builder, whose prepared set is one below.
+
+    Raises:
+      InputError: it is.
+    """
+    if is_prepared(Path(path) / VERSION):
+        raise InputError(f"{path}: holds a prepared set; did you mean {Path(path) / VERSION}?")
+
+
+def holds_questions(directory: str | Path) -> bool:
+    """Whether the rows of a set are questions, not chains.
+
+    Raises:
+      InputError: no set, or an unfinished one.
+    """
+    return "answer" in _read_info(Path(directory)).fields
+
+
 def fingerprint(directory: str | Path) -> str:
     """What a run keeps to know its data again: a hash of the shards' names, sizes and hashes.
 

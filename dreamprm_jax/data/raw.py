@@ -80,6 +80,12 @@ def pattern_root(pattern: Path) -> Path:
     return Path(*parts[:plain])
 
 
+def folder(path: str | Path) -> Path:
+    """The directory that the files of a path lie in: itself, a file's, or that above a pattern's first wildcard."""
+    root = pattern_root(Path(path))
+    return root if root.is_dir() else root.parent
+
+
 def _matching(pattern: Path) -> dict[str, Path]:
     root = pattern_root(pattern)
     found = sorted(root.glob(str(pattern.relative_to(root))))
@@ -126,6 +132,17 @@ def read_rows(path: Path, part: Part, wanted: Callable[[int], bool] = lambda row
                 yield row, _parsed(parse, f"{part.file} row {row}")
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(part.file, error) from error
+
+
+def file_rows(name: str, path: Path) -> Iterator[tuple[Any, int, str]]:
+    """All rows of a file: each as parsed JSON (or its InputError), its number, and what begins messages about it.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    for part in cut(name, path).parts:
+        for row, value in read_rows(path, part):
+            yield value, row, f"{name} row {row}"
 
 
 def _parsed(parse: Callable[[], Any], place: str) -> Any:

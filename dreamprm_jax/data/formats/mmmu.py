@@ -17,7 +17,7 @@ would write an open one is not known, and is chosen here.
 import ast
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -36,7 +36,7 @@ from dreamprm_jax.data.fields import (
     required,
     shown,
 )
-from dreamprm_jax.data.formats.prompts import DREAMPRM_CHOICES, DREAMPRM_QUESTION, DREAMPRM_SYSTEM
+from dreamprm_jax.data.formats.prompts import DREAMPRM_CHOICES, DREAMPRM_QUESTION, DREAMPRM_SYSTEM, QUESTION_HEADING
 from dreamprm_jax.data.formats.rules import Rules
 from dreamprm_jax.data.splitting import split_steps
 
@@ -51,6 +51,7 @@ _MARKER = re.compile(r"<image\s*(\d{1,3})>")
 _ANY_MARKER = re.compile(r"<image\s*\d{0,3}>")  # VisualPRM's have no number
 _OPTION_LETTER = re.compile(r"\([a-z]\)|^[^\S\n]*[a-z][.)]\s", re.MULTILINE)
 _SUBJECT = re.compile(r"(?:validation|dev|test)_(.+)_\d+")
+_CHOICES = re.compile(r"\n+Options:\s*(?=\(A\)\s)")
 
 
 def is_validation(question_id: str) -> bool:
@@ -91,16 +92,15 @@ def parse_question(row: Any, index: int, place: str, rules: Rules) -> Question:
     question_id = str(check_id(row, place)) if "id" in row else str(index)
     vision = "image" in row and "question" not in row
     text = VISION_QUESTION if vision else check_turn_text(required(row, "question", place), place, "question")
-    options = _options(required(row, "options", place, "; write [] for an open question"), place)
-    subject = _SUBJECT.fullmatch(question_id)
+    options = check_options(required(row, "options", place, "; write [] for an open question"), place)
     return Question(
         row=index,
         id=question_id,
         text=text,
-        answer=_answer(required(row, "answer", place), options, place),
+        answer=check_answer(required(row, "answer", place), options, place),
         options=options,
         images=_images(row, (text, *options), place, rules),
-        subject=optional_text(row, "subject", place) or (subject[1] if subject else None),
+        subject=optional_text(row, "subject", place) or subject_of(question_id),
         image_type=_image_type(row, place),
         difficulty=optional_text(row, "topic_difficulty", place),
         place=place,
@@ -132,8 +132,7 @@ def parse_response(row: Any, index: int, place: str, questions: Mapping[str, Que
     steps = split_steps(response, rules.splitter)
     if not steps:
         raise field_error(place, "response", f"is {shown(response)}; it has no step but only marks")
-    turns = [Turn(SYSTEM, DREAMPRM_SYSTEM), Turn(HUMAN, question_turn(question))]
-    turns += [turn for step in steps for turn in (Turn(HUMAN, step), Turn(GPT, PLUS))]
+    turns = conversation(question_turn(question), steps)
     check_image_markers(turns, len(question.images), place)
     outcome = optional_bool(row, "true_false", place)
     if outcome is None:
@@ -143,12 +142,18 @@ def parse_response(row: Any, index: int, place: str, questions: Mapping[str, Que
     return Example(
         row=index,
         id=question_id,
-        turns=tuple(turns),
+        turns=turns,
         images=question.images,
         true_false=outcome,
         dataset=question.subject or rules.dataset,
         place=place,
     )
+
+
+def conversation(turn: str, steps: Sequence[str]) -> tuple[Turn, ...]:
+    """The turns of the published meta set: system prompt, question turn, and each step with the label "+"."""
+    labelled = (turn for step in steps for turn in (Turn(HUMAN, step), Turn(GPT, PLUS)))
+    return (Turn(SYSTEM, DREAMPRM_SYSTEM), Turn(HUMAN, turn), *labelled)
 
 
 def question_turn(question: Question) -> str:
@@ -157,6 +162,33 @@ def question_turn(question: Question) -> str:
     choices = " ".join(f"({letter}) {text}" for letter, text in zip(ascii_uppercase, question.options, strict=False))
     turn = DREAMPRM_QUESTION.format(question=question.text)
     return (turn + DREAMPRM_CHOICES.format(options=choices) if choices else turn).rstrip()
+
+
+def split_question_turn(turn: str) -> tuple[str, tuple[str, ...]]:
+    """Text and options of a question turn, with or without its heading: what `question_turn` joined.
+
+    An option that has the next one's mark in it, " (C) ", is cut there; no published one has.
+
+    >>> split_question_turn("Question: Which is it?\\n\\nOptions: (A) red (B) light blue")
+    ('Which is it?', ('red', 'light blue'))
+    """
+    body = turn.removeprefix(QUESTION_HEADING).removeprefix("Question: ")
+    starts = list(_CHOICES.finditer(body))
+    if not starts:
+        return body, ()
+    options = [body[starts[-1].end() + 3 :]]
+    for letter in ascii_uppercase[1:]:
+        option, *others = re.split(rf"\s\({letter}\)(?=\s|$)", options[-1], maxsplit=1)
+        if not others:
+            break
+        options[-1:] = [option, *others]
+    return body[: starts[-1].start()], tuple(option[1:] for option in options)  # without the blank behind its letter
+
+
+def subject_of(question_id: str) -> str | None:
+    """ "Clinical_Medicine" of "test_Clinical_Medicine_69"; None where an id has no subject."""
+    match = _SUBJECT.fullmatch(question_id)
+    return match[1] if match else None
 
 
 def right_answers(question: Question) -> tuple[str, ...]:
@@ -189,7 +221,12 @@ def parse_answers(content: Any, place: str) -> dict[str, str]:
     return answers
 
 
-def _options(value: Any, place: str) -> tuple[str, ...]:
+def check_options(value: Any, place: str) -> tuple[str, ...]:
+    """The options of a row's "options": a list of texts, or its spelling.
+
+    Raises:
+      InputError: something else, or more than there are letters.
+    """
     options = _literal_list(value) if isinstance(value, str) else value
     if isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
         options = options[0]  # one published row says [['A', 'B', 'Not enough information']]
@@ -210,8 +247,12 @@ def _literal_list(text: str) -> list | None:
     return value if isinstance(value, list) else None
 
 
-def _answer(value: Any, options: tuple[str, ...], place: str) -> str:
-    """A letter of the options; for an open question a text, or a list of texts, which is kept as its spelling."""
+def check_answer(value: Any, options: tuple[str, ...], place: str) -> str:
+    """A letter of the options; for an open question a text, or a list of texts, which is kept as its spelling.
+
+    Raises:
+      InputError: something else.
+    """
     if isinstance(value, list) and value and not options:
         return repr([check_text(text, place, "answer") for text in value])
     answer = check_text(value, place, "answer")
@@ -224,7 +265,7 @@ def _answer(value: Any, options: tuple[str, ...], place: str) -> str:
 
 def _images(row: dict, texts: tuple[str, ...], place: str, rules: Rules) -> tuple[ImageSource, ...]:
     fields = ["image"] if "image" in row else [f"image_{number}" for number in range(1, MAX_IMAGES + 1)]
-    if rules.image_root is None and not any(field in row for field in fields):
+    if (rules.image_root is None or not rules.images_needed) and not any(field in row for field in fields):
         return ()
     named = {int(number) for text in texts for number in _MARKER.findall(text)}
     given = [number for number, field in enumerate(fields, start=1) if row.get(field) is not None]

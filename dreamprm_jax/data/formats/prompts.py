@@ -26,9 +26,11 @@ VISUALPRM_SYSTEM = f"{_BEFORE_RULES}\n{_RULES}"
 DREAMPRM_SYSTEM = _BEFORE_RULES + _RULES
 """System turn of DreamPRM-1.5's meta set: none."""
 
-VISUALPRM_FIRST_STEP = "### Question:\n{question}\n\n### Solution Process:\n{step}"
+QUESTION_HEADING, FIRST_STEP_HEADING = "### Question:\n", "### Solution Process:\n"
+
+VISUALPRM_FIRST_STEP = f"{QUESTION_HEADING}{{question}}\n\n{FIRST_STEP_HEADING}{{step}}"
 """VisualPRM-400K: question and first step in one turn; later steps are turns of their own."""
 
-DREAMPRM_QUESTION = "### Question:\nQuestion: {question}"
+DREAMPRM_QUESTION = QUESTION_HEADING + "Question: {question}"
 DREAMPRM_CHOICES = "\n\nOptions: {options}"
 """DreamPRM-1.5's meta set: the question in a turn of its own, and its choices behind it, `(A) ... (B) ...`."""

@@ -28,10 +28,13 @@ class Rules(NamedTuple):
     labels: LabelRule = LabelRule()
     splitter: str = "whole_numbers"  # splitting.split_steps' rule, for whole responses
     dataset: str | None = None  # the domain of rows that name none: visualprm.domain(file)
+    images_needed: bool = True  # False: paths are taken as they are written, and rows of questions may have none
 
 
 def rules_for(image_root: str | Path | None, **fields) -> Rules:
     """Rules for images under a directory (`records.find_image`); `fields` are the others of Rules. Can be pickled."""
+    if not fields.get("images_needed", True):
+        return Rules(Path, image_root or ".", **fields)
     return Rules(functools.partial(find_image, image_root=image_root), image_root, **fields)
 
 
