@@ -10,22 +10,20 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dreamprm_jax.evaluate import Interval, outcomes, paired_bootstrap
 from dreamprm_jax.losses import AGGREGATIONS
 from dreamprm_jax.metrics import read_json_lines
 from dreamprm_jax.report import weight_groups
-from dreamprm_jax.results import candidates, corruption_auroc, test_figures
+from dreamprm_jax.results import corruption_auroc, field_of_lines, step_figures
+from dreamprm_jax.selection import REFERENCES, Interval, of_score, outcomes, packed, paired_bootstrap
 
 COLD_START = "cold_start"
-REFERENCES = ("pass_at_1", "majority", "oracle")
-"""Selection rules that no model has a part in."""
 
 
 class Part(NamedTuple):
     """What one finished part says, of one seed."""
 
     figures: dict[str, Any]  # numbers, nested
-    outcomes: dict[str, np.ndarray]  # by selection rule, [Q]: see `evaluate.outcomes`
+    outcomes: dict[str, np.ndarray]  # by selection rule, [Q]: see `selection.of_score`
 
 
 def read_part(workdir: Path, aggregate: str) -> Part:
@@ -38,15 +36,14 @@ def read_part(workdir: Path, aggregate: str) -> Part:
     scored = read_json_lines(workdir / "test_scores.jsonl")
     weights = read_json_lines(workdir / "instance_weights.jsonl")
     summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    by_aggregation = {
-        name: outcomes(candidates(scored, scores))
-        for name, scores in response_scores([line["step_scores"] for line in scored]).items()
-    }
-    chosen = by_aggregation[aggregate]
+    field = field_of_lines(scored)
+    scores = response_scores([line["step_scores"] for line in scored])
+    every = outcomes(field, {name: packed(field, values) for name, values in scores.items()})
+    chosen = of_score(every, aggregate)
     figures = {
         **{rule: float(np.mean(values)) for rule, values in chosen.items()},
-        "aggregations": {name: float(np.mean(found["prm"])) for name, found in by_aggregation.items()},
-        **test_figures(scored)["steps"],
+        "aggregations": {name: float(np.mean(every[f"prm/{name}"])) for name in scores},
+        **step_figures(scored),
         **weight_figures(weights, learned=summary["hypergradient"] is not None),
         "corrupted_share": float(np.mean([line["corrupted"] for line in weights])),
         "seconds": summary["seconds"],

@@ -8,10 +8,10 @@ from typing import Any
 
 from dreamprm_jax import page, plots
 from dreamprm_jax.comparison import COLD_START
-from dreamprm_jax.evaluate import Interval
 from dreamprm_jax.losses import AGGREGATIONS
 from dreamprm_jax.metrics import read_json_lines, read_metrics, write_text
 from dreamprm_jax.report import group_name, right_and_wrong
+from dreamprm_jax.selection import Interval
 from dreamprm_jax.sweeps import AXES
 
 TITLES = {

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dreamprm_jax.evaluate import Interval
+from dreamprm_jax.selection import Interval
 
 matplotlib.use("Agg")
 

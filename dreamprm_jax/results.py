@@ -21,9 +21,10 @@ from dreamprm_jax.checkpoint import Model, Snapshot
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.dataset import Dataset, encode_all
 from dreamprm_jax.data.example import PLUS
-from dreamprm_jax.evaluate import Candidates, best_of_n, label_accuracy
 from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
 from dreamprm_jax.scoring import score_dataset, with_plus_history
+from dreamprm_jax.selection import Field, best_of_n, field_of, packed
+from dreamprm_jax.step_benchmark import label_accuracy
 from dreamprm_jax.types import SUPERVISED, Batch, BilevelState
 from dreamprm_jax.weighting import Weighting, uniform
 
@@ -119,26 +120,29 @@ def test_lines(cfg: Any, model: Model, data: build.TrainingData) -> list[dict[st
     return lines
 
 
-def test_figures(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """What summary.json says of the test: selection by the score, and how well steps are told apart."""
+def test_figures(lines: Sequence[dict[str, Any]], aggregate: str) -> dict[str, dict[str, float | int]]:
+    """What summary.json says of the test: selection by the score, and how well steps are told apart.
+
+    Args:
+      lines: of test_scores.jsonl.
+      aggregate: how their "score" was made.
+    """
+    field = field_of_lines(lines)
+    scores = packed(field, [line["score"] for line in lines])
+    return {"best_of_n": best_of_n(field, scores, aggregate), "steps": step_figures(lines)}
+
+
+def step_figures(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How well the step scores of test_scores.jsonl's lines tell right steps from wrong ones."""
     is_right = [label == PLUS for line in lines for label in line["step_labels"]]
-    scores = np.concatenate([line["step_scores_two_token"] for line in lines])
-    questions = candidates(lines, [line["score"] for line in lines])
-    return {"best_of_n": best_of_n(questions), "steps": label_accuracy(is_right, scores)}
+    return label_accuracy(is_right, np.concatenate([line["step_scores_two_token"] for line in lines]))
 
 
-def candidates(lines: Sequence[dict[str, Any]], scores: Sequence[float]) -> list[Candidates]:
-    """The questions of test_scores.jsonl's lines, each chain with the response score given for it."""
-    scored = zip(lines, scores, strict=True)
-    grouped = [list(group) for _, group in groupby(scored, key=lambda pair: pair[0]["question"])]
-    return [
-        Candidates(
-            tuple(line["answer"] for line, _ in group),
-            tuple(line["correct"] for line, _ in group),
-            tuple(float(score) for _, score in group),
-        )
-        for group in grouped
-    ]
+def field_of_lines(lines: Sequence[dict[str, Any]]) -> Field:
+    """The candidates of test_scores.jsonl's lines, which stand question by question."""
+    grouped = [list(group) for _, group in groupby(lines, key=lambda line: line["question"])]
+    answers, correct = ([[line[key] for line in group] for group in grouped] for key in ("answer", "correct"))
+    return field_of(answers, correct)
 
 
 def training_losses(cfg: Any, model: Model, train: Dataset) -> np.ndarray:
@@ -204,7 +208,7 @@ def finish(
     if data.test is not None:
         scored = test_lines(cfg, model, data)
         write_json_lines(workdir / "test_scores.jsonl", scored)
-        summary |= test_figures(scored)
+        summary |= test_figures(scored, cfg.aggregate)
         loss_auroc = corruption_auroc(weights, "loss")
         summary["steps"] |= {} if loss_auroc is None else {"loss_auroc": loss_auroc}
         extremes = pictured(cfg, model, data.train, weights)

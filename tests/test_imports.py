@@ -28,7 +28,7 @@ ORDER = [
     {"generate"},
     {"build", "steps", "train"},
     {"scoring"},
-    {"evaluate", "page", "prm", "sweeps"},
+    {"selection", "step_benchmark", "page", "prm", "sweeps"},
     {"plots"},
     {"report"},
     {"results"},
