@@ -45,9 +45,7 @@ def write_reports(workdir: Path, results: dict[str, Any], workdirs: Workdirs, co
     title += f", by {AXES[results['sweep']]}" if results["sweep"] in AXES else ""
     text = intro(results)
     write_text(workdir / "results.md", "\n\n".join([f"# {title}", text, *map(markdown, tables)]) + "\n")
-    (workdir / "plots").mkdir(exist_ok=True)
-    for plot in shown:
-        (workdir / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+    plots.write_plots(workdir / "plots", shown)
     write_text(workdir / "report.html", page.render(title, tables, shown, config, intro=text))
 
 

@@ -25,8 +25,13 @@ def to_json(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: a kill in between leaves the old one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for what is no text."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

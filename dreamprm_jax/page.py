@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -51,6 +53,14 @@ class Gallery(NamedTuple):
     cards: Sequence[Card]
 
 
+class Section(NamedTuple):
+    """A part with a script of its own. All three are put into the page as they stand: only from our own templates."""
+
+    html: str
+    style: str
+    script: str
+
+
 def _shown(cell: Any) -> Any:
     return round(cell, 4) if isinstance(cell, float) else cell
 
@@ -59,42 +69,26 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-_ENVIRONMENT = jinja2.Environment(autoescape=True)
-_ENVIRONMENT.filters |= {"shown": _shown, "base64": _base64}
-_PAGE = _ENVIRONMENT.from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; height: auto; } table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } figure { margin: 2rem 0; }
-figcaption { color: #555; } .scroll { overflow-x: auto; } code { background: #f4f4f4; padding: 0 .3em; }
-pre { overflow-x: auto; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
-.card { border: 1px solid #ddd; padding: .5rem; font-size: .9rem; }
-.card ol { margin: .5rem 0 0; padding-left: 1.2rem; }
-.card img { width: 100%; max-width: 10rem; image-rendering: pixelated; } .card li { padding: 0 .3em; }
-</style></head><body>
-<h1>{{ title }}</h1>
-{% if intro %}<p>{{ intro }}</p>{% endif %}
-{% for table in tables %}<h2>{{ table.title }}</h2><div class="scroll"><table>
-<tr>{% for name in table.head %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr>{% for cell in row %}
-<td{% if cell is number %} class="number"{% endif %}>{{ cell | shown }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>{% endfor %}
-{% for plot in plots %}<figure><img alt="{{ plot.caption }}" src="data:image/png;base64,{{ plot.png | base64 }}">
-<figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}
-{% for gallery in galleries %}<h2>{{ gallery.title }}</h2><p>{{ gallery.note }}</p><div class="cards">
-{% for card in gallery.cards %}<article class="card">
-<img alt="picture of {{ card.title }}" src="data:image/png;base64,{{ card.png | base64 }}">
-<div>{{ card.title }}</div><ol>{% for step in card.steps %}
-<li style="background: hsl({{ (120 * step.score) | round | int }} 70% 85%)">
-{{ step.text }} <b>{{ step.label }}</b> ({{ "%.2f" | format(step.score) }})</li>{% endfor %}</ol></article>
-{% endfor %}</div>{% endfor %}
-<h2>Config</h2><pre>{{ config }}</pre>
-</body></html>
-""")
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def environment() -> jinja2.Environment:
+    """Where the pages' templates are, with what they call: all text is escaped unless marked as `safe`."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    found.filters |= {"shown": _shown, "base64": _base64}
+    return found
+
+
+def _policy(sections: Sequence[Section]) -> str:
+    """What a browser may do with the page: run these very scripts, show pictures inside it, and nothing else."""
+    hashes = [f"'sha256-{_base64(hashlib.sha256(section.script.encode()).digest())}'" for section in sections]
+    scripts = " ".join(hashes) or "'none'"
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def render(
@@ -104,10 +98,18 @@ def render(
     config: str,
     *,
     galleries: Sequence[Gallery] = (),
+    sections: Sequence[Section] = (),
     intro: str = "",
 ) -> str:
-    """The page. All text is escaped; pictures are inside it, so it needs no network."""
-    return _PAGE.render(title=title, tables=tables, plots=plots, config=config, galleries=galleries, intro=intro)
+    """The page. All text is escaped; pictures are inside it, so it needs no network, and it is allowed none."""
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=title, tables=tables, plots=plots, config=config, galleries=galleries, sections=sections,
+            intro=intro, policy=_policy(sections),
+        )
+    )  # fmt: skip
 
 
 def png_of(figure: Figure) -> bytes:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import roc_auc_score, roc_curve
 
+from dreamprm_jax import page
+from dreamprm_jax.metrics import write_bytes
 from dreamprm_jax.selection import Interval
 
 matplotlib.use("Agg")
+
+RIGHT, WRONG = "tab:blue", "tab:orange"
+"""Colours that the colour-blind can tell apart, as in the browser of questions."""
 
 NUM_WINDOWS = 40
 """Points of a curve over a run: each is the mean of a stretch of it."""
@@ -23,6 +31,21 @@ class Curve(NamedTuple):
 
     x: np.ndarray  # [W]
     y: np.ndarray  # [W]
+
+
+class Band(NamedTuple):
+    """A figure at each number of candidates, K of them, over resamples."""
+
+    mean: Sequence[float]  # [K]
+    std: Sequence[float]  # [K], 0 where there is one sample only
+
+
+class Bins(NamedTuple):
+    """A calibration in B bins of equal width; NaN where a bin is empty."""
+
+    mean_score: np.ndarray  # [B]
+    share_right: np.ndarray  # [B]
+    counts: np.ndarray  # [B]
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
@@ -134,8 +157,8 @@ def score_histograms(groups: dict[str, tuple[Sequence[float], Sequence[float]]])
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (name, (right, wrong)) in zip(panels, groups.items(), strict=False):
         edges = np.linspace(0, 1, 31)
-        axes.hist(right, bins=edges, alpha=0.5, color="tab:green", density=len(right) > 0, label="right")
-        axes.hist(wrong, bins=edges, alpha=0.5, color="tab:red", density=len(wrong) > 0, label="wrong")
+        axes.hist(right, bins=edges, alpha=0.5, color=RIGHT, density=len(right) > 0, label="right")
+        axes.hist(wrong, bins=edges, alpha=0.5, color=WRONG, density=len(wrong) > 0, label="wrong")
         axes.set(title=name, xlabel="score", ylabel="density")
         axes.legend()
     for axes in panels[len(groups) :]:
@@ -176,3 +199,134 @@ def _interval(axes: Any, x: Sequence[float], values: Sequence[Interval], **style
     above = [value.high - value.mean for value in values]
     # A mean may lie outside the bootstrap's percentiles by rounding.
     axes.errorbar(x, [value.mean for value in values], np.maximum([below, above], 0), capsize=3, **style)
+
+
+# The plots of an evaluation.
+
+
+def accuracy_by_candidates(
+    num_candidates: Sequence[int], rules: Mapping[str, Band], references: Mapping[str, Sequence[float] | float]
+) -> Figure:
+    """Accuracy against the number of candidates, on a scale of powers of two.
+
+    Args:
+      num_candidates: [K], increasing.
+      rules: of selection, each a line with a band of one standard deviation.
+      references: dashed lines: one level at each number of candidates, or one for all.
+    """
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for position, (name, band) in enumerate(rules.items()):
+        mean, std = np.asarray(band.mean), np.asarray(band.std)
+        axes.plot(num_candidates, mean, marker="o", color=f"C{position}", label=name)
+        axes.fill_between(num_candidates, mean - std, mean + std, color=f"C{position}", alpha=0.2, linewidth=0)
+    markers = "s^vDPX"
+    for position, (name, level) in enumerate(references.items()):
+        levels = np.broadcast_to(level, len(num_candidates))
+        grey = str(0.25 + 0.4 * position / max(1, len(references) - 1))
+        axes.plot(num_candidates, levels, "--", marker=markers[position % 6], markersize=4, color=grey, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(num_candidates, [str(number) for number in num_candidates])
+    axes.minorticks_off()
+    axes.set(title="Accuracy by number of candidates", xlabel="candidates per question (N)", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="band: one standard deviation")
+    return figure
+
+
+def calibration_bins(scores: Sequence[float], is_right: Sequence[bool], num_bins: int = 10) -> Bins:
+    """How often the scored are right, by their score: [n], [n] -> bins of equal width over [0, 1]."""
+    scores, right = np.asarray(scores, float), np.asarray(is_right, float)
+    bins = np.clip((scores * num_bins).astype(int), 0, num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    sums = (np.bincount(bins, values, minlength=num_bins) for values in (scores, right))
+    means = (np.divide(total, counts, out=np.full(num_bins, np.nan), where=counts > 0) for total in sums)
+    return Bins(*means, counts)
+
+
+def calibration_error(bins: Bins) -> float:
+    """The mean distance of score and share of right ones, weighted by the bins' counts (expected calibration error)."""
+    return float(np.nansum(bins.counts * np.abs(bins.mean_score - bins.share_right)) / max(1, bins.counts.sum()))
+
+
+Scored = Mapping[str, tuple[Sequence[float], Sequence[bool]]]
+"""By name: scores [n] and whether each of the scored is right [n]."""
+
+
+def calibration_curves(groups: Scored, num_bins: int = 10) -> Figure:
+    """The share of right ones against the score, with the diagonal of perfect calibration; below, their numbers."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], ":", color="grey", label="perfect")
+    width = 1 / num_bins / (len(groups) + 0.5)
+    for position, (name, (scores, is_right)) in enumerate(groups.items()):
+        bins = calibration_bins(scores, is_right, num_bins)
+        filled = bins.counts > 0
+        label = f"{name} (error {calibration_error(bins):.3f})"
+        above.plot(bins.mean_score[filled], bins.share_right[filled], marker="o", color=f"C{position}", label=label)
+        centres = (np.arange(num_bins) + 0.5) / num_bins + width * (position - (len(groups) - 1) / 2)
+        below.bar(centres, bins.counts, width, color=f"C{position}")
+    above.set(title="Calibration", ylabel="share that is right", xlim=(0, 1), ylim=(-0.03, 1.03))
+    above.grid(alpha=0.3)
+    above.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    below.set(xlabel="score", ylabel="count")
+    below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
+
+
+def roc_curves(groups: Scored) -> Figure:
+    """True against false positives at every threshold; a group without both kinds has no curve, and says so."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for position, (name, (scores, is_right)) in enumerate(groups.items()):
+        if len(set(map(bool, is_right))) < 2:
+            axes.plot([], [], color=f"C{position}", label=f"{name} (all of one kind)")
+            continue
+        false_positives, true_positives, _ = roc_curve(np.asarray(is_right, bool), scores)
+        area = roc_auc_score(np.asarray(is_right, bool), scores)
+        axes.plot(false_positives, true_positives, color=f"C{position}", label=f"{name} (AUROC {area:.3f})")
+    axes.plot([0, 1], [0, 1], ":", color="grey", label="by chance (0.500)")
+    axes.set(title="ROC", xlabel="share of the wrong above the threshold", ylabel="share of the right above it")
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def score_by_steps(num_steps: Sequence[int], scores: Sequence[float], is_right: Sequence[bool]) -> Figure:
+    """The score against the number of steps, [n] each: a point a response, and means of right and of wrong ones.
+
+    A mean is over a tenth of the responses or more, so that the few longest ones do not draw a line of noise; its
+    interval is 1.96 standard errors to each side.
+    """
+    steps, found, right = np.asarray(num_steps), np.asarray(scores, float), np.asarray(is_right, bool)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    shifts = np.random.default_rng(0).uniform(-0.3, 0.3, len(steps))  # points on one another would hide their number
+    for name, kind, colour, marker in (("right", right, RIGHT, "o"), ("wrong", ~right, WRONG, "s")):
+        axes.plot(steps[kind] + shifts[kind], found[kind], ".", color=colour, alpha=0.25, markersize=3)
+        groups = [(kind & group) for group in _length_groups(steps) if (kind & group).any()]
+        means = [(steps[group].mean(), found[group].mean()) for group in groups]
+        errors = [1.96 * found[group].std() / np.sqrt(group.sum()) for group in groups]
+        axes.errorbar(
+            *np.reshape(means, (-1, 2)).T, errors, marker=marker, color=colour, capsize=3, markeredgecolor="white",
+            label=f"{name}, mean ({kind.sum()})",
+        )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title="Score by number of steps", xlabel="steps", ylabel="score")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _length_groups(steps: np.ndarray) -> list[np.ndarray]:
+    edges = np.unique(np.quantile(steps, np.linspace(0, 0.9, 10), method="lower"))
+    groups = np.searchsorted(edges, steps, side="right")
+    return [groups == group for group in np.unique(groups)]
+
+
+def write_plots(directory: Path, plots: Sequence[page.Plot]) -> None:
+    """Each plot as NAME.png in `directory`, which is made; each file is written whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        write_bytes(directory / f"{plot.name}.png", plot.png)

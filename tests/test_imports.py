@@ -29,7 +29,7 @@ ORDER = [
     {"build", "steps", "train"},
     {"scoring"},
     {"selection", "step_benchmark", "page", "prm", "sweeps"},
-    {"plots"},
+    {"plots", "browser"},
     {"report"},
     {"results"},
     {"experiment", "comparison"},

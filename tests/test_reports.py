@@ -13,7 +13,7 @@ def test_text_is_escaped_in_every_place():
         galleries=[page.Gallery(evil, evil, [card])], intro=evil,
     )  # fmt: skip
     assert "<script>" not in html
-    assert html.count("&lt;script&gt;") == 15
+    assert html.count("&lt;script&gt;") == 16
     assert 'alt="&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;x&#34;"' in html
 
 
