@@ -11,11 +11,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from dreamprm_jax import page
 from dreamprm_jax.metrics import write_bytes
 from dreamprm_jax.selection import Interval
+from dreamprm_jax.step_benchmark import calibration, roc
 
 matplotlib.use("Agg")
 
@@ -38,14 +38,6 @@ class Band(NamedTuple):
 
     mean: Sequence[float]  # [K]
     std: Sequence[float]  # [K], 0 where there is one sample only
-
-
-class Bins(NamedTuple):
-    """A calibration in B bins of equal width; NaN where a bin is empty."""
-
-    mean_score: np.ndarray  # [B]
-    share_right: np.ndarray  # [B]
-    counts: np.ndarray  # [B]
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
@@ -234,21 +226,6 @@ def accuracy_by_candidates(
     return figure
 
 
-def calibration_bins(scores: Sequence[float], is_right: Sequence[bool], num_bins: int = 10) -> Bins:
-    """How often the scored are right, by their score: [n], [n] -> bins of equal width over [0, 1]."""
-    scores, right = np.asarray(scores, float), np.asarray(is_right, float)
-    bins = np.clip((scores * num_bins).astype(int), 0, num_bins - 1)
-    counts = np.bincount(bins, minlength=num_bins)
-    sums = (np.bincount(bins, values, minlength=num_bins) for values in (scores, right))
-    means = (np.divide(total, counts, out=np.full(num_bins, np.nan), where=counts > 0) for total in sums)
-    return Bins(*means, counts)
-
-
-def calibration_error(bins: Bins) -> float:
-    """The mean distance of score and share of right ones, weighted by the bins' counts (expected calibration error)."""
-    return float(np.nansum(bins.counts * np.abs(bins.mean_score - bins.share_right)) / max(1, bins.counts.sum()))
-
-
 Scored = Mapping[str, tuple[Sequence[float], Sequence[bool]]]
 """By name: scores [n] and whether each of the scored is right [n]."""
 
@@ -260,9 +237,9 @@ def calibration_curves(groups: Scored, num_bins: int = 10) -> Figure:
     above.plot([0, 1], [0, 1], ":", color="grey", label="perfect")
     width = 1 / num_bins / (len(groups) + 0.5)
     for position, (name, (scores, is_right)) in enumerate(groups.items()):
-        bins = calibration_bins(scores, is_right, num_bins)
+        bins = calibration(np.asarray(is_right, bool), np.asarray(scores), num_bins)
         filled = bins.counts > 0
-        label = f"{name} (error {calibration_error(bins):.3f})"
+        label = f"{name} (error {bins.expected_error:.3f})"
         above.plot(bins.mean_score[filled], bins.share_right[filled], marker="o", color=f"C{position}", label=label)
         centres = (np.arange(num_bins) + 0.5) / num_bins + width * (position - (len(groups) - 1) / 2)
         below.bar(centres, bins.counts, width, color=f"C{position}")
@@ -279,12 +256,12 @@ def roc_curves(groups: Scored) -> Figure:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for position, (name, (scores, is_right)) in enumerate(groups.items()):
-        if len(set(map(bool, is_right))) < 2:
+        curve = roc(np.asarray(is_right, bool), np.asarray(scores))
+        if curve is None:
             axes.plot([], [], color=f"C{position}", label=f"{name} (all of one kind)")
             continue
-        false_positives, true_positives, _ = roc_curve(np.asarray(is_right, bool), scores)
-        area = roc_auc_score(np.asarray(is_right, bool), scores)
-        axes.plot(false_positives, true_positives, color=f"C{position}", label=f"{name} (AUROC {area:.3f})")
+        label = f"{name} (AUROC {curve.auroc:.3f})"
+        axes.plot(curve.false_positive, curve.true_positive, color=f"C{position}", label=label)
     axes.plot([0, 1], [0, 1], ":", color="grey", label="by chance (0.500)")
     axes.set(title="ROC", xlabel="share of the wrong above the threshold", ylabel="share of the right above it")
     axes.set_aspect("equal")

@@ -221,18 +221,17 @@ def _first(steps: Steps, mask: np.ndarray) -> np.ndarray:
 
 
 class Roc(NamedTuple):
-    """A ROC curve of P points, right steps being what is to be found."""
+    """A ROC curve of P points; what is right is to be found."""
 
     false_positive: np.ndarray  # [P]
     true_positive: np.ndarray  # [P]
     auroc: float
 
 
-def roc(steps: Steps) -> Roc | None:
-    """The ROC curve of the judged steps; None where all are of one kind."""
-    known, right, _ = _known(steps)
-    area = auroc(right, known.scores)
-    return None if area is None else Roc(*roc_curve(right, known.scores)[:2], area)
+def roc(is_right: np.ndarray, scores: np.ndarray) -> Roc | None:
+    """The ROC curve of scores [N], bool [N] says of what is right; None where all are of one kind."""
+    area = auroc(is_right, scores)
+    return None if area is None else Roc(*roc_curve(is_right, scores)[:2], area)
 
 
 def auroc(is_right: np.ndarray, scores: np.ndarray) -> float | None:
@@ -241,31 +240,26 @@ def auroc(is_right: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 class Calibration(NamedTuple):
-    """Whether of the steps scored 0.7, seven in ten are right; by bins of equal width, M of them."""
+    """Whether of what is scored 0.7 seven in ten are right; by bins of equal width, M of them."""
 
     edges: np.ndarray  # [M + 1]: a bin has its lower edge, the last one also its upper
     counts: np.ndarray  # int [M]
     mean_score: np.ndarray  # [M]; NaN in an empty bin
     share_right: np.ndarray  # [M]; NaN in an empty bin
-    expected_error: float  # mean |share_right - mean_score| over the steps (ECE)
+    expected_error: float  # mean |share_right - mean_score| over the scored (ECE)
     brier: float  # mean (score - is right)^2
 
 
-def calibration(steps: Steps, num_bins: int = 10) -> Calibration:
-    """How far the judged steps' scores are from probabilities.
-
-    Raises:
-      InputError: no step is right or wrong.
-    """
-    known, right, _ = _known(steps)
+def calibration(is_right: np.ndarray, scores: np.ndarray, num_bins: int = 10) -> Calibration:
+    """How far scores in [0, 1] are from probabilities of being right: [N], [N]."""
     edges = np.linspace(0, 1, num_bins + 1)
-    place = np.digitize(known.scores, edges[1:-1])
-    counts, scored, hits = (np.bincount(place, values, num_bins) for values in (None, known.scores, right))
+    place = np.digitize(scores, edges[1:-1])
+    counts, scored, hits = (np.bincount(place, values, num_bins) for values in (None, scores, is_right))
     mean_score, share_right = (
         np.divide(sums, counts, out=np.full(num_bins, np.nan), where=counts > 0) for sums in (scored, hits)
     )
-    expected_error = float(np.abs(hits - scored).sum() / len(right))
-    brier = float(np.mean(np.square(known.scores - right)))
+    expected_error = float(np.abs(hits - scored).sum() / len(scores))
+    brier = float(np.mean(np.square(scores - is_right)))
     return Calibration(edges, counts, mean_score, share_right, expected_error, brier)
 
 

@@ -13,23 +13,10 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_calibration_bins_by_hand():
-    bins = plots.calibration_bins([0.0, 0.1, 0.45, 0.5, 1.0, 0.8], [False, True, True, False, True, True], num_bins=4)
-    np.testing.assert_allclose(bins.mean_score, [0.05, 0.45, 0.5, 0.9])
-    np.testing.assert_allclose(bins.share_right, [0.5, 1.0, 0.0, 1.0])
-    np.testing.assert_array_equal(bins.counts, [2, 1, 1, 2])
-    assert plots.calibration_error(bins) == pytest.approx((2 * 0.45 + 0.55 + 0.5 + 2 * 0.1) / 6)
-    empty = plots.calibration_bins([0.9], [True], num_bins=2)
-    assert np.isnan(empty.mean_score[0])
-    assert plots.calibration_error(empty) == pytest.approx(0.1)
-
-
 def test_scores_that_mean_what_they_say_lie_on_the_diagonal():
     rng = np.random.default_rng(0)
     scores = rng.uniform(size=100_000)
     right = rng.uniform(size=scores.size) < scores
-    assert plots.calibration_error(plots.calibration_bins(scores, right)) < 0.01
-    assert plots.calibration_error(plots.calibration_bins(scores, ~right)) > 0.3
     above, below = plots.calibration_curves({"sure": (scores, right)}).axes
     diagonal, curve = above.get_lines()
     np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])

@@ -219,20 +219,20 @@ def test_first_errors_by_hand():
 
 
 def test_the_area_is_the_share_of_pairs_in_order():
-    truth, scores, _, _, steps = made(seed=3)
+    truth, scores, *_ = made(seed=3)
     right, found = flat(truth, scores)
     differences = found[right][:, None] - found[~right]
-    curve = roc(steps)
+    curve = roc(right, found)
     assert curve.auroc == pytest.approx(np.mean(differences > 0) + np.mean(differences == 0) / 2)
     assert np.trapezoid(curve.true_positive, curve.false_positive) == pytest.approx(curve.auroc)
     assert roc_auc_score(right, found) == pytest.approx(curve.auroc)
-    assert roc(one_chain_each([1, 1, 0], [0.1, 0.2, 0.3])) is None
+    assert roc(np.array([True, True]), np.array([0.1, 0.2])) is None
 
 
 def test_calibration_as_spelled_out():
-    truth, scores, _, _, steps = made(seed=4)
+    truth, scores, *_ = made(seed=4)
     right, values = flat(truth, scores)
-    found = calibration(steps)
+    found = calibration(right, values)
     error = 0.0
     for number, (low, high) in enumerate(zip(found.edges[:-1], found.edges[1:], strict=True)):
         inside = (values >= low) & ((values < high) | (high == 1))
@@ -247,7 +247,7 @@ def test_calibration_as_spelled_out():
 
 
 def test_calibration_by_hand():
-    found = calibration(one_chain_each([1, 1, -1, -1, 0], [1.0, 0.5, 0.5, 0.0, 0.3]), num_bins=4)
+    found = calibration(np.array([True, True, False, False]), np.array([1.0, 0.5, 0.5, 0.0]), num_bins=4)
     assert found.counts.tolist() == [1, 0, 2, 1]
     assert np.isnan(found.mean_score[1]) and np.isnan(found.share_right[1])
     assert (found.expected_error, found.brier) == (0.0, 0.125)
