@@ -140,6 +140,10 @@ def device_task(cfg):
         from dreamprm_jax.scoring import run_scoring
 
         return run_scoring
+    if cfg.task == "evaluate":
+        from dreamprm_jax.evaluate import run_evaluation
+
+        return run_evaluation
     if cfg.task == "compare":
         from configs.compare import part_configs
         from dreamprm_jax.compare import run_comparison
@@ -163,7 +167,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes training, preparation and generation", file=sys.stderr)
+        print("interrupted; the same command resumes what it began", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell has it
     print(json.dumps(summary, indent=2))
     return 0

@@ -16,7 +16,7 @@ from dreamprm_jax.types import SUPERVISED
 def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
     cfg = config_dict.ConfigDict()
-    cfg.task = "train"  # train | score | compare | prepare | generate
+    cfg.task = "train"  # train | score | evaluate | compare | prepare | generate
     cfg.recipe = "corrected"  # which reading of the method the values follow: published | paper | corrected
     cfg.seed = 0  # data order, embedded benchmark and fresh parameters
 
@@ -86,8 +86,9 @@ def get_config() -> config_dict.ConfigDict:
     # Sum of the exponentials over the vocabulary: exact | torch_cpu (with the float32 rounding of torch's CPU kernel,
     # which recorded runs contain; on an accelerator the same as exact)
     cfg.vocabulary_sum = "exact"
-    # Step scores -> response score, in the meta loss and in selection:
-    cfg.aggregate = "mean"  # mean | min | max | last | product | log_mean | mean_log_odds (DreamPRM)
+    # Step scores -> response score, in the meta loss and in selection: mean | min | max | last | product | log_mean |
+    # mean_log_odds (DreamPRM); for selection alone: sum_logprob | sum_logit | mean_odd
+    cfg.aggregate = "mean"
     # What the meta set asks for: both (the published reading: "+" at every step of a right answer, "-" at every step of
     # a wrong one) | plus (the chain's aggregated P("+") is the probability that its answer is right).
     cfg.meta_target = "both"
@@ -144,6 +145,25 @@ def get_config() -> config_dict.ConfigDict:
     cfg.output = config_dict.placeholder(str)
     cfg.score = config_dict.ConfigDict()
     cfg.score.history = "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
+
+    # task=evaluate: candidates to choose from (docs/evaluation.md has the forms), and chains whose steps were judged
+    for name in ("candidates", "benchmark"):
+        cfg[name] = config_dict.ConfigDict()
+        cfg[name].path = config_dict.placeholder(str)  # candidates: None, without a benchmark: noisy_steps' test set
+        cfg[name].images = config_dict.placeholder(str)  # image root; None: the file's own directory
+        # Scores of each chain, JSON lines in its order ("step_scores"), in place of a model
+        cfg[name].scores = config_dict.placeholder(str)
+    cfg.evaluate = config_dict.ConfigDict()  # task=evaluate
+    cfg.evaluate.judge = "given"  # what is right: given (the file's word) | rules (MMMU's)
+    cfg.evaluate.splitter = "whole_numbers"  # of a response into steps: whole_numbers | published
+    cfg.evaluate.step_score = "full"  # P("+") over the full vocabulary | two_token: over "+" and "-"
+    cfg.evaluate.ties = "first"  # of equal highest scores: first | last (as published)
+    cfg.evaluate.num_samples = 400  # sub-samples of the candidates for each number of them, >= 1
+    # A step is right above it, in [0, 1]; None: the one of highest macro-F1 on a part of the chains that is held out
+    cfg.evaluate.threshold = config_dict.placeholder(float)
+    cfg.evaluate.held_out = 0.2  # that part, a share of the questions, in (0, 1)
+    cfg.evaluate.questions_shown = 2000  # in the page's browser, the first ones, >= 0
+    cfg.evaluate.image_side = 400  # pixels, of the pictures in the page; 0: none
 
     cfg.generate = config_dict.ConfigDict()  # task=generate
     cfg.generate.model = config_dict.placeholder(str)  # as the server calls it
@@ -202,6 +222,7 @@ def get_config() -> config_dict.ConfigDict:
     return cfg
 
 
+PROBABILITIES = ("mean", "min", "max", "last", "product", "log_mean", "mean_log_odds")
 BUILDERS = ("visualprm400k", "mmmu_pro", "mmmu", "visualprocessbench")
 COMPARED = ("uniform", "domain", "table", "net", "table_identity", "net_identity", "clean")
 
@@ -334,7 +355,7 @@ ACTIVATIONS = {
 }
 
 CHECKS = {
-    "task": _one_of("train", "score", "compare", "prepare", "generate"),
+    "task": _one_of("train", "score", "evaluate", "compare", "prepare", "generate"),
     "seed": _at_least(0),
     "data.source": _one_of("files", "embedded"),
     "data.on_error": _one_of("raise", "skip"),
@@ -365,7 +386,16 @@ CHECKS = {
     "vocabulary_sum": _one_of("exact", "torch_cpu"),
     "ema_decay": ((lambda value: value is None or 0 <= value < 1), "at least 0 and below 1"),
     "step_loss": _one_of("mean", "sum"),
-    "aggregate": _one_of("mean", "min", "max", "last", "product", "log_mean", "mean_log_odds"),
+    "aggregate": _one_of(*PROBABILITIES, "sum_logprob", "sum_logit", "mean_odd"),
+    "evaluate.judge": _one_of("given", "rules"),
+    "evaluate.splitter": _one_of("whole_numbers", "published"),
+    "evaluate.step_score": _one_of("full", "two_token"),
+    "evaluate.ties": _one_of("first", "last"),
+    "evaluate.num_samples": _at_least(1),
+    "evaluate.threshold": ((lambda value: value is None or 0 <= value <= 1), "from 0 to 1"),
+    "evaluate.held_out": ((lambda value: 0 < value < 1), "between 0 and 1"),
+    "evaluate.questions_shown": _at_least(0),
+    "evaluate.image_side": _at_least(0),
     "meta_target": _one_of("both", "plus"),
     "meta_loss": _one_of("mse", "cross_entropy"),
     "inner.lr": _at_least(0),
@@ -437,6 +467,10 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         raise ValueError(
             "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
             "nothing to train"
+        )
+    if cfg.task in ("train", "compare") and cfg.aggregate not in PROBABILITIES:
+        raise ValueError(
+            f"--config.aggregate={cfg.aggregate}: a meta loss needs a probability: {', '.join(PROBABILITIES)}"
         )
     if cfg.prepare.balance != "none" and cfg.prepare.sample is None:
         raise ValueError(

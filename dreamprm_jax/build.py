@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dreamprm_jax import losses, weighting
 from dreamprm_jax.checkpoint import Model
-from dreamprm_jax.data import batches, noisy_steps, prepared, records
+from dreamprm_jax.data import batches, noisy_steps, prepared, raw, records
 from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, with_shapes
 from dreamprm_jax.data.example import Example
@@ -45,16 +46,22 @@ def record(cfg: Any) -> dict[str, Any]:
     Raises:
       InputError: a file that cannot be read.
     """
-    paths = (cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init, cfg.input.path)
+    paths = (
+        *(cfg.train.path, cfg.train.order, cfg.meta.path, cfg.meta.order, cfg.weighting.init, cfg.input.path),
+        *(cfg.candidates.path, cfg.candidates.scores, cfg.benchmark.path, cfg.benchmark.scores),
+    )
     data = {path: _fingerprint(path) for path in paths if path is not None}
     return {"config": cfg.to_dict(), "data": data}
 
 
 def _fingerprint(path: str) -> str:
     try:
-        if Path(path).is_dir():
+        if prepared.is_prepared(path) or path.endswith(prepared.UNFINISHED):
             return prepared.fingerprint(path)
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if Path(path).is_file():
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        files = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in raw.find_files(path).items()}
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the config names it") from error
 

@@ -215,28 +215,43 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
         raise InputError(f"--config.output={output}: is the input file itself; give another file")
     _check_output(output, begun=(workdir / "config.json").is_file())
     claim_workdir(workdir, build.record(cfg))
+    fresh = write_scores(cfg, model, dataset, output)
+    if fresh.num_chains:
+        scores = [line["score"] for line in read_json_lines(output)]
+        result = {"num_chains": len(scores), "mean_score": float(np.mean(scores))}
+        rate = {"chains_per_second": fresh.num_chains / fresh.seconds}
+        write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "score", **result, **rate}])
+    (line,) = read_json_lines(workdir / METRICS_FILE)
+    return {"output": str(output), "num_chains": line["num_chains"], "mean_score": line["mean_score"]}
+
+
+class Fresh(NamedTuple):
+    """What `write_scores` had left to do."""
+
+    num_chains: int
+    seconds: float
+
+
+def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path) -> Fresh:
+    """Appends what is missing of the chains' lines (`score_line`), a window of rows at a time.
+
+    Args:
+      cfg: the run's: batches, reading, and how step scores are aggregated.
+      model, dataset: what scores, and the chains.
+      output: a file of this run's own, or none yet.
+    """
+    began = time.perf_counter()
     done = _lines_kept(output, len(dataset.rows))
-    if done < len(dataset.rows):
-        began = time.perf_counter()
-        windows = score_windows(
-            model,
-            dataset,
-            batch_size=cfg.batch_size,
-            aggregate=cfg.aggregate,
-            reading=build.reading(cfg),
-            rows=dataset.rows[done:],
-        )
+    missing = dataset.rows[done:]
+    if len(missing):
+        reading, options = build.reading(cfg), {"batch_size": cfg.batch_size, "aggregate": cfg.aggregate}
+        windows = score_windows(model, dataset, reading=reading, rows=missing, **options)
         with output.open("a", encoding="utf-8") as file, closing(windows):
             for window in windows:
                 lines = [json.dumps(to_json(score_line(dataset, row, scores))) + "\n" for row, scores in window]
                 file.write("".join(lines))
                 file.flush()
-        rate = {"chains_per_second": (len(dataset.rows) - done) / (time.perf_counter() - began)}
-        scores = [line["score"] for line in read_json_lines(output)]
-        result = {"num_chains": len(scores), "mean_score": float(np.mean(scores))}
-        write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "score", **result, **rate}])
-    (line,) = read_json_lines(workdir / METRICS_FILE)
-    return {"output": str(output), "num_chains": line["num_chains"], "mean_score": line["mean_score"]}
+    return Fresh(len(missing), time.perf_counter() - began)
 
 
 def _check_output(output: Path, *, begun: bool) -> None:
@@ -260,6 +275,7 @@ def _lines_kept(output: Path, num_rows: int) -> int:
 
     What stands after them is cut off.
     """
+    output.touch()
     with output.open("r+b") as file:
         whole = [line for line in file.readlines() if line.endswith(b"\n")]
         done = len(whole) if len(whole) == num_rows else len(whole) // sharing.WINDOW * sharing.WINDOW

@@ -29,11 +29,13 @@ ORDER = [
     {"build", "steps", "train"},
     {"scoring"},
     {"selection", "step_benchmark", "page", "prm", "sweeps"},
-    {"plots", "browser"},
+    {"plots", "browser", "evaluation"},
     {"report"},
     {"results"},
     {"experiment", "comparison"},
     {"comparison_report"},
+    {"evaluation_report"},
+    {"evaluate"},
     {"compare"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
