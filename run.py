@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
-from configs import base
+from configs import base, ranges
 from dreamprm_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment, configs/NAME.py[:ARG,...]", lock_config=True)
@@ -83,7 +83,7 @@ def parse(argv: list[str]):
         if not Path(filename.partition(":")[0]).is_file():
             raise InputError(f"--config={filename}: no such file; the configs are in configs/")
         cfg = _CONFIG.value
-        base.validate(cfg)
+        ranges.validate(cfg)
     except InputError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

@@ -11,7 +11,7 @@ sets another field sets it for all parts.
 Takes no arguments: paper-scale data has no truth to compare with.
 """
 
-from configs import base, cold_start, domain, net, table, uniform
+from configs import base, cold_start, domain, net, ranges, table, uniform
 from dreamprm_jax.errors import InputError
 
 _TRAINED = {"uniform": uniform, "domain": domain, "table": table, "net": net}
@@ -63,7 +63,7 @@ def part_configs(cfg, given=()) -> dict:
                 part.num_steps = max(1, part.num_steps // part.num_inner_steps)
             _start_from_checkpoint(part)
         try:
-            base.validate(part)
+            ranges.validate(part)
         except ValueError as error:
             raise InputError(f"{error} (in the part {name})") from error
     return parts

@@ -78,9 +78,9 @@ def intro(results: Mapping[str, Any], settings: Settings) -> str:
         parts.append(
             f"{found['num_questions']} questions, {found['num_responses']} candidate responses, up to "
             f"{found['num_candidates']} a question. Accuracies are in percent, in brackets 95% intervals of a "
-            "bootstrap over questions; gains are in points, on the same questions, with the p-value of a two-sided sign-flip "
-            "test (McNemar's exact one where no answer is tied). Tied answers share a vote's credit; a response "
-            "without a recognised answer casts none."
+            "bootstrap over questions; gains are in points, on the same questions, with the p-value of a two-sided "
+            "sign-flip test (McNemar's exact one where no answer is tied). Tied answers share a vote's credit; a "
+            "response without a recognised answer casts none."
         )
         if "gains" in found:
             which = {"full": "over the full vocabulary", "two_token": 'over "+" and "-"'}[settings.step_score]
@@ -189,23 +189,14 @@ def _aggregations(found: Mapping[str, Any]) -> page.Table:
 
 
 def _by_number(found: Mapping[str, Any], settings: Settings) -> page.Table:
-    curves = found["curves"]
-    rows = [
-        (
-            title,
-            *(f"{percent(m)} ± {percent(s)}" for m, s in zip(curves["mean"][rule], curves["std"][rule], strict=True)),
-        )
-        for rule, title in _titles(settings).items()
-        if rule in curves["mean"]
-    ]
-    rows += [
-        (
-            f"PRM ({name})",
-            *(f"{percent(m)} ± {percent(s)}" for m, s in zip(curves["mean"][rule], curves["std"][rule], strict=True)),
-        )
-        for name in sorted(found.get("gains", ()))
-        if name != settings.aggregate and (rule := f"prm/{name}") in curves["mean"]
-    ]
+    curves, titles = found["curves"], _titles(settings)
+    titles |= {f"prm/{name}": f"PRM ({name})" for name in sorted(found.get("gains", ()))}
+
+    def cells(rule: str) -> list[str]:
+        pairs = zip(curves["mean"][rule], curves["std"][rule], strict=True)
+        return [f"{percent(mean)} ± {percent(std)}" for mean, std in pairs]
+
+    rows = [(title, *cells(rule)) for rule, title in titles.items() if rule in curves["mean"]]
     title = f"Accuracy by the number of candidates, {settings.num_samples} sub-samples, ± standard deviation over them"
     return page.Table(title, ("choice", *(f"N = {size}" for size in curves["sizes"])), rows)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from chat_server import picture
 
-from configs import base
+from configs import ranges
 from dreamprm_jax import generate
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def configured(server, questions, **fields):
         cfg.generate.update(
             {"model": "m", "base_url": server.url, "num_candidates": 2, "backoff": 0.001, "timeout": 5.0, **fields}
         )
-    base.validate(cfg)
+    ranges.validate(cfg)
     return cfg
 
 

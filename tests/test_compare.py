@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, compare
+from configs import base, compare, ranges
 from dreamprm_jax import compare as running
 from dreamprm_jax import comparison, comparison_report, page, report
 from dreamprm_jax.data import noisy_steps
@@ -314,7 +314,7 @@ def test_values_of_compare_that_cannot_be(field, value, message):
     cfg = compare.get_config()
     cfg.compare[field] = value
     with pytest.raises(ValueError, match=message):
-        base.validate(cfg)
+        ranges.validate(cfg)
 
 
 def test_a_part_without_the_cold_starts_rows_has_the_same_others():

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from dreamprm_jax import steps, weighting
+from configs import ranges
+from dreamprm_jax import losses, steps, weighting
 from dreamprm_jax.hypergradient import ESTIMATORS
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ def config(name, arguments=""):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_experiment_is_valid_at_every_scale_in_every_recipe(name, scale, recipe):
     cfg = config(name, scale + recipe)
-    base.validate(cfg)
+    ranges.validate(cfg)
     assert cfg.recipe == recipe
     assert (cfg.model.checkpoint is None) == (scale == "")
     assert cfg.is_locked
@@ -76,24 +76,29 @@ def test_domain_has_dreamprms_own_meta_loss_and_five_inner_steps():
 def test_a_meta_micro_batch_divides_the_meta_batch():
     cfg = config("table", "internvl3_1b")
     cfg.meta_batch_size, cfg.meta_micro_batch_size = 8, 4
-    base.validate(cfg)
+    ranges.validate(cfg)
     cfg.meta_micro_batch_size = 3
     with pytest.raises(ValueError, match=r"--config.meta_micro_batch_size=3: must divide meta_batch_size \(8\)"):
-        base.validate(cfg)
+        ranges.validate(cfg)
 
 
 def test_choices_are_those_that_the_code_knows():
-    assert set(base.FEATURES) == set(weighting.FEATURES)
+    assert ranges.PROBABILITIES == losses.PROBABILITIES
+    for name in losses.AGGREGATIONS:
+        cfg = config("evaluate")
+        cfg.aggregate = name
+        ranges.validate(cfg)
+    assert set(ranges.FEATURES) == set(weighting.FEATURES)
     for name in weighting.STEPS:
         cfg = config("net")
         cfg.weighting.steps = name
-        base.validate(cfg)
-    for activation in base.ACTIVATIONS["table"]:
+        ranges.validate(cfg)
+    for activation in ranges.ACTIVATIONS["table"]:
         weighting.instance_table(2, activation, 0.0, 3.0)
     for name in ("auto", *ESTIMATORS):
         cfg = config("table")
         cfg.hypergradient = name
-        base.validate(cfg)
+        ranges.validate(cfg)
 
 
 @pytest.mark.parametrize("phase", ["inner", "cold_start", "pretrain"])
@@ -125,9 +130,9 @@ def test_relative_features_need_a_batch_to_compare_with():
     cfg = config("net")
     cfg.batch_size = 1
     with pytest.raises(ValueError, match="batch_size=1: weighting.features has relative_loss"):
-        base.validate(cfg)
+        ranges.validate(cfg)
     cfg.weighting.features = ("loss",)
-    base.validate(cfg)
+    ranges.validate(cfg)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import run
-from configs import base
+from configs import ranges
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS = [
@@ -41,4 +41,4 @@ def test_commands_in_the_docs_build_their_config(command):
     cfg = importlib.import_module(f"configs.{name}").get_config(*filter(None, [arguments]))
     fields = re.findall(r"--config\.([\w.]+)=(\S+)", command)
     assert {field for field, _ in fields} <= set(run.field_names(cfg))
-    base.validate(cfg)
+    ranges.validate(cfg)

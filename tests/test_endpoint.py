@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 from chat_server import serving
 
-from configs import base
+from configs import ranges
 from dreamprm_jax import endpoint
 from dreamprm_jax.errors import InputError
 
@@ -177,4 +177,4 @@ def test_values_are_checked(field, value, message):
     cfg = import_module("configs.generate").get_config()
     cfg.generate[field] = value
     with pytest.raises(ValueError, match=rf"--config.generate.{field}=.*{re.escape(message)}"):
-        base.validate(cfg)
+        ranges.validate(cfg)

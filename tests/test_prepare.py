@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks import raw_rows
-from configs import base
 from configs import prepare as prepare_config
+from configs import ranges
 from dreamprm_jax import prepare
 from dreamprm_jax.data import builders, passes, raw
 from dreamprm_jax.data.prepared import PreparedExamples, PreparedQuestions, is_prepared
@@ -80,7 +80,7 @@ def config(source, output, builder="visualprm400k", **options):
             cfg.data[name] = options.pop(name)
     for name, value in {"source": str(source), "output": str(output), **options}.items():
         cfg.prepare[name] = value if not isinstance(value, Path) else str(value)
-    base.validate(cfg)
+    ranges.validate(cfg)
     return cfg
 
 

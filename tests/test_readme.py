@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import run
-from configs import base
+from configs import base, ranges
 from dreamprm_jax.data import noisy_steps
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def test_every_command_is_one_of_ours_and_its_config_builds():
         for flag in re.findall(r"(--[\w.]+)=", command):
             assert flag in ("--config", "--workdir") or flag.startswith("--config."), flag
         for name, arguments in re.findall(r"--config=configs/(\w+)\.py(?::(\S+))?", command):
-            base.validate(importlib.import_module(f"configs.{name}").get_config(arguments))
+            ranges.validate(importlib.import_module(f"configs.{name}").get_config(arguments))
 
 
 def test_the_papers_scale_on_a_cpu_says_so_loudly():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import run
-from configs import base, score
+from configs import base, ranges, score
 from dreamprm_jax import scoring
 from dreamprm_jax.data import noisy_steps, sharing
 from dreamprm_jax.errors import InputError
@@ -289,7 +289,7 @@ def test_every_config_builds_and_passes_its_own_checks():
         arguments = without_scale.get(path.stem, ["", "internvl3_1b", "corrected,internvl3_1b", "paper"])
         for argument in arguments:
             cfg = module.get_config(argument)
-            base.validate(cfg)
+            ranges.validate(cfg)
             assert cfg.is_locked
 
 
