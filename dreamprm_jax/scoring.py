@@ -89,7 +89,8 @@ def score_windows(
 ) -> Iterator[list[tuple[int, ChainScores]]]:
     """Scores chains a window of rows at a time: (row, scores), in the data set's order.
 
-    Neither what a chain shares, nor its batch, nor the padding changes a score beyond float rounding.
+    Neither what a chain shares, nor its batch, nor the padding changes a score beyond float rounding; a chain that
+    repeats another one has its very scores.
 
     Args:
       model: scores at the steps of every chain as they stand.
@@ -102,17 +103,20 @@ def score_windows(
     """
     max_shapes = max(1, len(dataset.padded.shapes) // 2)
     windows = sharing.plan(dataset, batch_size, max_shapes, rows)
-    plans = [batch for window in windows for batch in window]
+    plans = [batch for window in windows for batch in window.batches]
     total = sum(len(group.rows) for batch in plans for group in batch.groups)
+    total += sum(len(window.copies) for window in windows)
     with (
         tqdm(total=total, unit="chain", desc="score", mininterval=1.0, disable=not progress) as bar,
         closing(batches.shared_batches(dataset, plans, reading)) as stream,
     ):
         for window in windows:
             found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-            for scored in _score_batches(model, stream, len(window)):
+            for scored in _score_batches(model, stream, len(window.batches)):
                 found |= scored
                 bar.update(len(scored))
+            found |= {row: found[first] for row, first in window.copies.items()}
+            bar.update(len(window.copies))
             rows_done = sorted(found)
             responses = response_scores([found[row][0] for row in rows_done], aggregate)
             pairs = zip(rows_done, responses.tolist(), strict=True)

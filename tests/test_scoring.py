@@ -90,9 +90,11 @@ def test_a_question_runs_once(model, monkeypatch):
     monkeypatch.setattr(scoring, "begin", noted_begin)
     monkeypatch.setattr(scoring, "go_on", noted_go_on)
     dataset = encode(chains_of_a_question(20))
-    scoring.score_dataset(model, dataset, batch_size=8, aggregate="mean")
+    found = scoring.score_dataset(model, dataset, batch_size=4, aggregate="mean")
     assert begun == [(1, 1)]
-    assert parts == [8, 8, 4]
+    assert parts == [4, 2]  # six chains, the others are copies
+    for row, scores in enumerate(found):
+        assert scores.full.tolist() == found[row % 6].full.tolist()
 
 
 def test_a_change_in_one_chain_reaches_no_other(model):
@@ -114,7 +116,7 @@ def test_an_accelerators_attention_gives_the_same(model, monkeypatch):
     """Its mask is one array; on a CPU it is looked at in blocks."""
     dataset = encode(mixed_rows(), max_shapes=6)
     (window,) = sharing.plan(dataset, 8, 3)
-    batch = sharing.collate(dataset, window[0])
+    batch = sharing.collate(dataset, window.batches[0])
 
     def logits():
         past = internvl.begin(CONFIG, model.params, batch.prefix)
@@ -133,7 +135,7 @@ def test_fused_attention_takes_the_mask(model, monkeypatch):
     config = dataclasses.replace(CONFIG, attention="cudnn", compute_dtype="bfloat16")
     dataset = encode(chains_of_a_question(5))
     (window,) = sharing.plan(dataset, 8, 1)
-    batch = sharing.collate(dataset, window[0])
+    batch = sharing.collate(dataset, window.batches[0])
 
     def logits(params, batch):
         return internvl.go_on(config, params, internvl.begin(config, params, batch.prefix), batch.parts[0])[0]

@@ -109,8 +109,9 @@ def test_every_chain_comes_once_with_all_its_tokens(monkeypatch, max_chains, par
     rows = [*chains_of_a_question(7), *ROWS.train[1:6], text_only(ROWS.train[0])]
     dataset = encode([row._replace(row=number) for number, row in enumerate(rows)], max_shapes=4)
     (window,) = sharing.plan(dataset, max_chains, 4)
+    assert window.copies == {6: 0}  # the first chain again
     found = {}
-    for plan in window:
+    for plan in window.batches:
         batch = sharing.collate(dataset, plan)
         assert batch.prefix.tokens.shape == (plan.size, plan.prefix.tokens)
         assert all(len(chains) <= max_chains for rows in batch.rows for chains in rows)
@@ -118,7 +119,7 @@ def test_every_chain_comes_once_with_all_its_tokens(monkeypatch, max_chains, par
         part = unpacked(batch)
         assert not set(part) & set(found)
         found |= part
-    assert sorted(found) == list(range(len(rows)))
+    assert sorted({*found, *window.copies}) == list(range(len(rows)))
     for row, tokens in found.items():
         np.testing.assert_array_equal(tokens, dataset.encoded[row].tokens)
 
@@ -126,7 +127,7 @@ def test_every_chain_comes_once_with_all_its_tokens(monkeypatch, max_chains, par
 def test_step_positions_and_image_features_are_those_of_the_chain_alone():
     dataset = encode(chains_of_a_question(5), max_shapes=4)
     (window,) = sharing.plan(dataset, 8, 4)
-    (batch,) = [sharing.collate(dataset, plan) for plan in window]
+    (batch,) = [sharing.collate(dataset, plan) for plan in window.batches]
     (part,), (rows,), (num_steps,) = batch.parts, batch.rows, batch.num_steps
     assert sorted(rows[0]) == [0, 1, 2, 3, 4]
     positions = iter(part.step_positions[0])
@@ -152,9 +153,21 @@ def test_windows_follow_the_rows(monkeypatch):
     monkeypatch.setattr(sharing, "WINDOW", 4)
     dataset = encode(chains_of_a_question(10))
     windows = sharing.plan(dataset, 8, 1)
-    rows = [sorted(row for plan in window for group in plan.groups for row in group.rows) for window in windows]
+    rows = [
+        sorted(row for plan in window.batches for group in plan.groups for row in group.rows) for window in windows
+    ]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [window.copies for window in windows] == [{}] * 3  # what another window holds is done again
     assert sharing.plan(dataset, 8, 1, rows=[]) == []
+
+
+def test_a_repeated_chain_is_run_once():
+    rows = chains_of_a_question(3)
+    rows = [*rows, rows[1], rows[1]._replace(images=(png(28, 28, 5),)), rows[1]]
+    dataset = encode([row._replace(row=number) for number, row in enumerate(rows)])
+    (window,) = sharing.plan(dataset, 8, 1)
+    assert window.copies == {3: 1, 5: 1}
+    assert sorted(row for plan in window.batches for group in plan.groups for row in group.rows) == [0, 1, 2, 4]
 
 
 def test_an_image_of_another_content_is_another_image():

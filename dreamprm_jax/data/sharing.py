@@ -60,6 +60,13 @@ class BatchPlan(NamedTuple):
     num_steps: int  # S of every part
 
 
+class Window(NamedTuple):
+    """What is to be run for one window of rows."""
+
+    batches: list[BatchPlan]
+    copies: dict[int, int]  # rows that repeat an earlier one, images and all, and that one: it is run alone
+
+
 class SharedBatch(NamedTuple):
     """A batch as arrays: `parts[n]` are the chains that go on together as the n-th."""
 
@@ -145,9 +152,7 @@ def _grouped(chains: Sequence[Outline], num_steps: np.ndarray, max_chains: int) 
     return found
 
 
-def plan(
-    dataset: Dataset, max_chains: int, max_shapes: int, rows: Sequence[int] | None = None
-) -> list[list[BatchPlan]]:
+def plan(dataset: Dataset, max_chains: int, max_shapes: int, rows: Sequence[int] | None = None) -> list[Window]:
     """What is to be run for every usable row, window by window.
 
     Args:
@@ -157,10 +162,14 @@ def plan(
       rows: those wanted, ascending; None: all.
     """
     rows = dataset.rows.tolist() if rows is None else list(rows)
-    windows = []
+    windows, copies = [], []
     for start in range(0, len(rows), WINDOW):
         chains = [outline(*dataset.load_tokens(row), row) for row in rows[start : start + WINDOW]]
-        windows.append(_grouped(chains, dataset.num_labels, max_chains))
+        first = {}
+        repeats = {chain.row: first.setdefault((chain.images, chain.tokens.tobytes()), chain.row) for chain in chains}
+        copies.append({row: other for row, other in repeats.items() if row != other})
+        own = [chain for chain in chains if chain.row not in copies[-1]]
+        windows.append(_grouped(own, dataset.num_labels, max_chains))
     everything = [group for window in windows for group in window]
     if not everything:
         return []
@@ -171,7 +180,10 @@ def plan(
     for group in everything:
         kind = _breadth(group)
         most_steps[kind] = max(most_steps.get(kind, 0), *group.num_steps)
-    return [list(_batches(window, max_chains, prefixes, parts, most_steps)) for window in windows]
+    return [
+        Window(list(_batches(window, max_chains, prefixes, parts, most_steps)), repeated)
+        for window, repeated in zip(windows, copies, strict=True)
+    ]
 
 
 def _column(groups: Iterable[Group], *names: str) -> list[np.ndarray]:
