@@ -82,7 +82,7 @@ def test_an_interrupt_is_no_traceback(tmp_path):
     (tmp_path / "config.py").write_text("raise KeyboardInterrupt")  # where control-C comes does not matter
     done = call(f"--config={tmp_path / 'config.py'}")
     assert done.returncode == 130
-    assert done.stderr.strip() == "interrupted; the same command resumes training, preparation and generation"
+    assert done.stderr.strip() == "interrupted; the same command resumes what it began"
 
 
 def test_help_needs_no_config():
