@@ -207,7 +207,7 @@ def test_chains_of_one_id_are_one_question_wherever_they_stand(tmp_path):
     assert first.question.options == ("red", "blue") and first.question.text == "Q"
     assert [c.text for c in first.candidates] == ["So.\n\nAnswer: B", "No.\nAnswer: A"]
     assert [c.answer for c in first.candidates] == ["B", "A"]
-    assert [c.example.row for c in (*first.candidates, *second.candidates)] == [0, 1, 2]
+    assert [c.example.row for c in (*first.candidates, *second.candidates)] == [0, 2, 1]  # the file's
     assert [c.example.place for c in first.candidates] == ["meta.jsonl row 0", "meta.jsonl row 2"]
     assert {turn.text for turn in first.candidates[0].example.turns if turn.role == GPT} == {"+"}
     assert first.candidates[0].example.turns[0].text == "s"  # the row itself

@@ -277,7 +277,11 @@ def _noisy_contest(given: noisy_steps.Question) -> Contest:
 
 
 def _numbered(contests: Iterable[Contest]) -> list[Contest]:
-    """With `Example.row` counting all candidates."""
+    """With `Example.row` counting all candidates; chains of a file keep its numbers, whatever order they come in."""
+    contests = list(contests)
+    rows = sorted(candidate.example.row for contest in contests for candidate in contest.candidates)
+    if rows == list(range(len(rows))):
+        return contests
     numbers = itertools.count()
     return [
         contest._replace(
