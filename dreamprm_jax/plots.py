@@ -289,7 +289,7 @@ def score_by_steps(num_steps: Sequence[int], scores: Sequence[float], is_right: 
             *np.reshape(means, (-1, 2)).T, errors, marker=marker, color=colour, capsize=3, markeredgecolor="white",
             label=f"{name}, mean ({kind.sum()})",
         )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(title="Score by number of steps", xlabel="steps", ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

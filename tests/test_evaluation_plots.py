@@ -91,3 +91,9 @@ def test_plots_are_written_whole(tmp_path):
     for content in (b"old", b"new"):
         plots.write_plots(folder, [page.Plot("roc", "caption", content), page.Plot("steps", "caption", content)])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"roc.png": b"new", "steps.png": b"new"}
+
+
+def test_chains_of_one_length_have_one_tick():
+    (axes,) = plots.score_by_steps(np.full(20, 2), np.linspace(0, 1, 20), np.arange(20) % 2 == 0).axes
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]

@@ -81,7 +81,7 @@ def read_contests(
 
     Returns:
       Contests in the file's order, for runs the first one's. Examples are in the meta set's form, `row` counts all
-      candidates from 0, and `place` says where each was read.
+      candidates from 0, of chains in the file's order, and `place` says where each was read.
 
     Raises:
       InputError: nothing to read, or the first bad row; says how many more there are.
