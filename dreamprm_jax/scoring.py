@@ -6,14 +6,16 @@ through the model once (`data/sharing.py`); the rest of them goes on from its ke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,19 @@ def go_on(
     return full, two_token, keys_values
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def score_part(
+    config: presets.InternVLConfig,
+    plus_id: int,
+    minus_id: int,
+    params: PyTree,
+    past: internvl.Past,
+    part: Continuations,
+) -> tuple[jax.Array, jax.Array]:
+    """`go_on` where nothing goes on from the part: no memory is taken for its keys and values."""
+    return go_on(config, plus_id, minus_id, params, past, part)[:2]
+
+
 def score_dataset(
     model: Model,
     dataset: Dataset,
@@ -84,10 +99,10 @@ def score_windows(
     batch_size: int,
     aggregate: str,
     reading: batches.Reading = batches.READING,
-    rows: Sequence[int] | None = None,
+    num_done: int = 0,
     progress: bool = True,
 ) -> Iterator[list[tuple[int, ChainScores]]]:
-    """Scores chains a window of rows at a time: (row, scores), in the data set's order.
+    """Scores every usable chain, a window of rows at a time: (row, scores), in the data set's order.
 
     Neither what a chain shares, nor its batch, nor the padding changes a score beyond float rounding; a chain that
     repeats another one has its very scores.
@@ -98,11 +113,12 @@ def score_windows(
       batch_size: chains at a time.
       aggregate: how the step scores become the response score, of `losses.AGGREGATIONS`.
       reading: threads and processes.
-      rows: those wanted, ascending; None: all usable ones.
+      num_done: rows that are scored already, whole windows. They are planned with the others, since padding is chosen
+        from all rows: the scores of the others are then the same to the last bit.
       progress: show a bar.
     """
     max_shapes = max(1, len(dataset.padded.shapes) // 2)
-    windows = sharing.plan(dataset, batch_size, max_shapes, rows)
+    windows = sharing.plan(dataset, batch_size, max_shapes)[num_done // sharing.WINDOW :]
     plans = [batch for window in windows for batch in window.batches]
     total = sum(len(group.rows) for batch in plans for group in batch.groups)
     total += sum(len(window.copies) for window in windows)
@@ -132,7 +148,7 @@ def _score_batches(
     for _ in range(count):
         batch = next(stream)
         past = begin(model.config, model.params, batch.prefix)
-        parts = [go_on(model.config, plus, minus, model.params, past, part)[:2] for part in batch.parts]
+        parts = [score_part(model.config, plus, minus, model.params, past, part) for part in batch.parts]
         sent.append((batch, parts))
         if len(sent) > 1:
             yield _fetch(*sent.pop(0))
@@ -220,13 +236,13 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     _check_output(output, begun=(workdir / "config.json").is_file())
     claim_workdir(workdir, build.record(cfg))
     fresh = write_scores(cfg, model, dataset, output)
-    if fresh.num_chains:
-        scores = [line["score"] for line in read_json_lines(output)]
-        result = {"num_chains": len(scores), "mean_score": float(np.mean(scores))}
-        rate = {"chains_per_second": fresh.num_chains / fresh.seconds}
+    scores = [line["score"] for line in read_json_lines(output)]
+    result = {"num_chains": len(scores), "mean_score": float(np.mean(scores))}
+    if fresh.num_chains or not (workdir / METRICS_FILE).is_file():
+        # Nothing to do, and yet no metrics: a kill came between the last line and them.
+        rate = {"chains_per_second": fresh.num_chains / fresh.seconds} if fresh.num_chains else {}
         write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "score", **result, **rate}])
-    (line,) = read_json_lines(workdir / METRICS_FILE)
-    return {"output": str(output), "num_chains": line["num_chains"], "mean_score": line["mean_score"]}
+    return {"output": str(output), **result}
 
 
 class Fresh(NamedTuple):
@@ -243,19 +259,22 @@ def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path) -> Fres
       cfg: the run's: batches, reading, and how step scores are aggregated.
       model, dataset: what scores, and the chains.
       output: a file of this run's own, or none yet.
+
+    Raises:
+      InputError: a line of the output is not that of its row, or another run is writing it.
     """
     began = time.perf_counter()
-    done = _lines_kept(output, len(dataset.rows))
-    missing = dataset.rows[done:]
-    if len(missing):
-        reading, options = build.reading(cfg), {"batch_size": cfg.batch_size, "aggregate": cfg.aggregate}
-        windows = score_windows(model, dataset, reading=reading, rows=missing, **options)
-        with output.open("a", encoding="utf-8") as file, closing(windows):
-            for window in windows:
-                lines = [json.dumps(to_json(score_line(dataset, row, scores))) + "\n" for row, scores in window]
-                file.write("".join(lines))
-                file.flush()
-    return Fresh(len(missing), time.perf_counter() - began)
+    with _ours_alone(output) as file:
+        done = _lines_kept(file, dataset.rows.tolist())
+        if done < len(dataset.rows):
+            reading, options = build.reading(cfg), {"batch_size": cfg.batch_size, "aggregate": cfg.aggregate}
+            windows = score_windows(model, dataset, reading=reading, num_done=done, **options)
+            with closing(windows):
+                for window in windows:
+                    lines = [json.dumps(to_json(score_line(dataset, row, scores))) + "\n" for row, scores in window]
+                    file.write("".join(lines).encode())
+                    file.flush()
+    return Fresh(len(dataset.rows) - done, time.perf_counter() - began)
 
 
 def _check_output(output: Path, *, begun: bool) -> None:
@@ -274,14 +293,48 @@ def _check_output(output: Path, *, begun: bool) -> None:
         raise InputError(f"--config.output={output}: exists already; remove it, or give another file")
 
 
-def _lines_kept(output: Path, num_rows: int) -> int:
+@contextlib.contextmanager
+def _ours_alone(output: Path) -> Iterator[IO[bytes]]:
+    """The output, open for reading and appending; two runs would write every line twice."""
+    with output.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{output}: another run writes it; wait for it, or give another --workdir") from error
+        except OSError:
+            pass  # a disk without locks
+        yield file
+
+
+def _lines_kept(file: IO[bytes], rows: Sequence[int]) -> int:
     """The number of lines that an earlier run has left: whole windows, so that the rest is grouped as it was to be.
 
     What stands after them is cut off.
+
+    Args:
+      file: open for reading and appending.
+      rows: that the lines are to be of, in order.
+
+    Raises:
+      InputError: a line that is not its row's: something else wrote it, or other rows can be used now.
     """
-    output.touch()
-    with output.open("r+b") as file:
-        whole = [line for line in file.readlines() if line.endswith(b"\n")]
-        done = len(whole) if len(whole) == num_rows else len(whole) // sharing.WINDOW * sharing.WINDOW
-        file.truncate(sum(map(len, whole[:done])))
+    file.seek(0)
+    whole = [line for line in file.readlines() if line.endswith(b"\n")]
+    for number, line in enumerate(whole):
+        if number >= len(rows) or _row_of(line) != rows[number]:
+            expected = f"row {rows[number]}" if number < len(rows) else "any row"
+            raise InputError(
+                f"{file.name} line {number + 1}: is not the scores of {expected}; the rows that can be used have "
+                "changed since, or something else wrote it: remove the file to score all rows anew"
+            )
+    done = len(whole) if len(whole) == len(rows) else len(whole) // sharing.WINDOW * sharing.WINDOW
+    file.truncate(sum(map(len, whole[:done])))
     return done
+
+
+def _row_of(line: bytes) -> int | None:
+    """The row that a line of the output is about; None for what is no such line."""
+    try:
+        return json.loads(line)["row"]
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -1,5 +1,6 @@
 """The command line: a user's mistake is one `error:` line with the place, and exit status 2."""
 
+import fcntl
 import importlib
 import json
 import subprocess
@@ -147,7 +148,7 @@ def test_a_good_file_is_scored_in_order(checkpoint, tmp_path, rows):
     assert list(lines[0]) == [
         "row", "id", "num_tiles", "num_tokens", "step_scores", "step_scores_two_token", "score", "true_false",
     ]  # fmt: skip
-    assert lines[0]["score"] == lines[2]["score"] == pytest.approx(lines[0]["step_scores"][0])
+    assert lines[0]["score"] == pytest.approx(lines[2]["score"]) == pytest.approx(lines[0]["step_scores"][0])
     assert [line["true_false"] for line in lines] == [True, True, False]
 
 
@@ -282,10 +283,13 @@ def test_a_row_error_reaches_the_command_line(checkpoint, tmp_path, rows):
 
 def test_every_config_builds_and_passes_its_own_checks():
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.stem in ("__init__", "base"):
+        if path.stem in ("__init__", "base", "ranges"):
             continue
         module = importlib.import_module(f"configs.{path.stem}")
-        without_scale = {"score": [""], "compare": [""], "generate": [""], "prepare": base.BUILDERS}
+        without_scale = {name: [""] for name in ("score", "compare", "generate")} | {
+            "prepare": base.BUILDERS,
+            "evaluate": ["", "published", "paper", "corrected"],
+        }
         arguments = without_scale.get(path.stem, ["", "internvl3_1b", "corrected,internvl3_1b", "paper"])
         for argument in arguments:
             cfg = module.get_config(argument)
@@ -318,9 +322,10 @@ def test_a_killed_scoring_goes_on_to_the_same_bytes(checkpoint, tmp_path, rows, 
         asked = []
         windows = scoring.score_windows
 
-        def noted(*args, asked=asked, windows=windows, rows, **options):
-            asked.extend(rows.tolist())
-            return windows(*args, rows=rows, **options)
+        def noted(*args, asked=asked, windows=windows, **options):
+            for window in windows(*args, **options):
+                asked.extend(row for row, _ in window)
+                yield window
 
         with monkeypatch.context() as patch:
             patch.setattr(scoring, "score_windows", noted)
@@ -328,6 +333,54 @@ def test_a_killed_scoring_goes_on_to_the_same_bytes(checkpoint, tmp_path, rows, 
         assert path.read_bytes() == whole
         assert asked == list(range(7 if left == whole else left.count(b"\n") // 2 * 2, 7))
         assert again == result
+
+
+def test_a_kill_between_scores_and_metrics_costs_nothing(checkpoint, tmp_path, rows):
+    cfg = score_config(checkpoint, tmp_path, rows)
+    result = run_scoring(cfg, tmp_path / "work")
+    (tmp_path / "work/metrics.jsonl").unlink()
+    assert run_scoring(cfg, tmp_path / "work") == result
+    (line,) = [json.loads(line) for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()]
+    assert line["num_chains"] == 3
+
+
+def test_rows_that_can_be_used_again_are_not_left_out(checkpoint, tmp_path, rows, monkeypatch):
+    """An image that was missing is there when the run goes on: line n is of another row than before."""
+    monkeypatch.setattr(sharing, "WINDOW", 2)
+    rows = [{**rows[0], "id": number} for number in range(6)]
+    rows[1]["image"] = "b.png"
+    cfg = score_config(checkpoint, tmp_path, rows)
+    cfg.data.on_error, cfg.data.max_bad_share = "skip", 0.4
+    run_scoring(cfg, tmp_path / "work")
+    path = tmp_path / "out.jsonl"
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:3])
+    path.write_bytes(kept)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    with pytest.raises(InputError, match=r"out.jsonl line 2: is not the scores of row 1; the rows .* have changed"):
+        run_scoring(cfg, tmp_path / "work")
+    assert path.read_bytes() == kept
+    path.unlink()
+    assert run_scoring(cfg, tmp_path / "work")["num_chains"] == 6
+
+
+@pytest.mark.parametrize("text", ["mine\n", "[1]\n", '{"row": 1}\n', '{"row": 0}\n' * 4])
+def test_what_something_else_wrote_is_not_cut_off(checkpoint, tmp_path, rows, text):
+    """Also where the workdir is this run's own."""
+    cfg = score_config(checkpoint, tmp_path, rows)
+    run_scoring(cfg, tmp_path / "work")
+    (tmp_path / "out.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"out.jsonl line \d: is not the scores of "):
+        run_scoring(cfg, tmp_path / "work")
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_two_runs_do_not_write_one_file(checkpoint, tmp_path, rows):
+    cfg = score_config(checkpoint, tmp_path, rows)
+    with (tmp_path / "out.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out.jsonl: another run writes it"):
+            run_scoring(cfg, tmp_path / "work")
+    assert run_scoring(cfg, tmp_path / "work")["num_chains"] == 3
 
 
 def test_a_file_of_someone_elses_is_not_scored_into(checkpoint, tmp_path, rows):

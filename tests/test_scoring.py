@@ -1,6 +1,7 @@
 """Scores of chains that share what they begin with are those of every chain alone."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from dreamprm_jax import losses, scoring
 from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, sharing
-from dreamprm_jax.data.example import GPT, HUMAN
+from dreamprm_jax.data.dataset import encode_all
+from dreamprm_jax.data.example import GPT, HUMAN, Turn
 from dreamprm_jax.models import internvl, presets
 from tests.test_batches import ROWS, SPEC, TOKENIZER, encode, png, text_only
 from tests.test_sharing import chains_of_a_question
@@ -77,18 +79,18 @@ def test_scores_are_those_of_each_chain_alone(monkeypatch, model, batch_size, pa
 def test_a_question_runs_once(model, monkeypatch):
     """The vision tower and the prompt, whatever the number of candidates."""
     begun, parts = [], []
-    begin, go_on = scoring.begin, scoring.go_on
+    begin, score_part = scoring.begin, scoring.score_part
 
     def noted_begin(config, params, prefix):
         begun.append(prefix.tiles.shape[:2])
         return begin(config, params, prefix)
 
-    def noted_go_on(*arguments):
+    def noted_part(*arguments):
         parts.append(int(arguments[-1].chain.max()) + 1)
-        return go_on(*arguments)
+        return score_part(*arguments)
 
     monkeypatch.setattr(scoring, "begin", noted_begin)
-    monkeypatch.setattr(scoring, "go_on", noted_go_on)
+    monkeypatch.setattr(scoring, "score_part", noted_part)
     dataset = encode(chains_of_a_question(20))
     found = scoring.score_dataset(model, dataset, batch_size=4, aggregate="mean")
     assert begun == [(1, 1)]
@@ -142,6 +144,49 @@ def test_fused_attention_takes_the_mask(model, monkeypatch):
 
     program = str(jax.make_jaxpr(logits)(model.params, batch._replace(rows=(), num_steps=())))
     assert program.count("dot_product_attention_fwd_wrapper[") == 3  # the vision tower, the prefix, the continuations
+
+
+def chains_of_many_lengths():
+    """Two long questions, then two short ones, four chains each."""
+    rng, steps = np.random.default_rng(0), ["4>3", "3>1", "4>2", "2>1", "1>2", "1>3"]
+    rows = []
+    for number in range(16):
+        base = ROWS.train[number // 4]
+        num_steps = int(rng.integers(1, 60 if number < 8 else 12))
+        pairs = [(Turn(HUMAN, str(step)), Turn(GPT, "+")) for step in rng.choice(steps, num_steps)]
+        rows.append(base._replace(row=number, turns=(base.turns[0], *itertools.chain(*pairs))))
+    return rows
+
+
+def test_what_is_left_is_scored_as_with_all_the_others(monkeypatch, model):
+    """To the last bit: padding, which rounds differently, is chosen from all rows."""
+    monkeypatch.setattr(sharing, "WINDOW", 8)
+    dataset = encode_all(chains_of_many_lengths(), TOKENIZER, SPEC, context=1000, max_shapes=8)
+    options = {"batch_size": 4, "aggregate": "mean"}
+    whole = list(scoring.score_windows(model, dataset, **options))
+    (left,) = scoring.score_windows(model, dataset, num_done=8, **options)
+    assert [row for row, _ in left] == list(range(8, 16))
+    for (row, scores), (other, expected) in zip(left, whole[1], strict=True):
+        assert row == other
+        np.testing.assert_array_equal(scores.full, expected.full)
+    (last,) = sharing.plan(dataset, 4, 4)[1:]
+    shapes_of_all = {shape for batch in last.batches for shape in batch.part_tokens}
+    alone = encode_all(dataset.examples[8:], TOKENIZER, SPEC, context=1000, max_shapes=8)
+    assert shapes_of_all != {shape for batch in sharing.plan(alone, 4, 4)[0].batches for shape in batch.part_tokens}
+    assert not list(scoring.score_windows(model, dataset, num_done=16, **options))
+
+
+def test_scores_alone_keep_no_keys_and_values(model):
+    """They are many times larger, and nothing goes on from them."""
+    (window,) = sharing.plan(encode(chains_of_a_question(5)), 8, 1)
+    batch = sharing.collate(encode(chains_of_a_question(5)), window.batches[0])
+    past = internvl.begin(CONFIG, model.params, batch.prefix)
+    ids = TOKENIZER.plus_id, TOKENIZER.minus_id
+    sizes = [
+        program.lower(CONFIG, *ids, model.params, past, batch.parts[0]).compile().memory_analysis().output_size_in_bytes
+        for program in (scoring.score_part, scoring.go_on)
+    ]
+    assert sizes[0] < 1000 < sizes[1]
 
 
 def test_response_scores_by_hand():

@@ -1,6 +1,8 @@
 """Chains that begin alike are found, and packed so that nothing of them is lost."""
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,12 +155,26 @@ def test_windows_follow_the_rows(monkeypatch):
     monkeypatch.setattr(sharing, "WINDOW", 4)
     dataset = encode(chains_of_a_question(10))
     windows = sharing.plan(dataset, 8, 1)
-    rows = [
-        sorted(row for plan in window.batches for group in plan.groups for row in group.rows) for window in windows
-    ]
+    rows = [sorted(row for plan in window.batches for group in plan.groups for row in group.rows) for window in windows]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [window.copies for window in windows] == [{}] * 3  # what another window holds is done again
-    assert sharing.plan(dataset, 8, 1, rows=[]) == []
+
+
+def test_a_question_alone_has_no_padding_rows(monkeypatch):
+    (((alone,), _),) = sharing.plan(encode(chains_of_a_question(1)), 8, 1)
+    assert alone.size == 1
+    (((one, *_), _),) = sharing.plan(encode(chains_of_a_question(3)), 8, 1)
+    assert (one.size, len(one.groups)) == (1, 1)
+    monkeypatch.setattr(sharing, "WINDOW", 3)  # windows of three questions and of one: the same program for both
+    rows = [row._replace(row=number) for number, row in enumerate(ROWS.train[:4])]
+    windows = sharing.plan(encode(rows), 8, 1)
+    assert [[(len(plan.groups), plan.size) for plan in window.batches] for window in windows] == [[(3, 4)], [(1, 4)]]
+
+
+def test_a_path_that_is_no_text_is_an_image_too():
+    encoded = encode(chains_of_a_question(1)).encoded[0]
+    one, other = (sharing.outline(encoded, [Path(os.fsdecode(name))], 0) for name in (b"\xff.png", b"\xfe.png"))
+    assert one.images != other.images
 
 
 def test_a_repeated_chain_is_run_once():

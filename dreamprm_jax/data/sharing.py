@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,7 +82,7 @@ def outline(encoded: Encoded, images: Sequence[ImageSource], row: int) -> Outlin
     """A chain's outline; no image is decoded, two files of the same content are two images."""
     digest = hashlib.sha256()
     for source in images:
-        content = source if isinstance(source, bytes) else str(source).encode()
+        content = source if isinstance(source, bytes) else os.fsencode(source)
         digest.update(len(content).to_bytes(8) + content)
     return Outline(row, encoded.tokens, digest.digest(), encoded.num_tiles, int(encoded.step_positions[0]))
 
@@ -152,16 +154,24 @@ def _grouped(chains: Sequence[Outline], num_steps: np.ndarray, max_chains: int) 
     return found
 
 
-def plan(dataset: Dataset, max_chains: int, max_shapes: int, rows: Sequence[int] | None = None) -> list[Window]:
+class _Padding(NamedTuple):
+    """What batches are padded to: chosen for all windows together, since each choice is a program to compile."""
+
+    prefixes: tuple[shapes.Shape, ...]
+    parts: tuple[shapes.Shape, ...]
+    num_steps: dict[int, int]  # of a part, by its group's breadth
+    num_groups: dict[tuple[int, int], int]  # of one `_kind` in a window, at most
+
+
+def plan(dataset: Dataset, max_chains: int, max_shapes: int) -> list[Window]:
     """What is to be run for every usable row, window by window.
 
     Args:
       dataset: its rows are tokenised here, and where they lie on disk again when a batch is built.
       max_chains: at a time.
       max_shapes: of prefixes, >= 1; parts are padded to half as many lengths.
-      rows: those wanted, ascending; None: all.
     """
-    rows = dataset.rows.tolist() if rows is None else list(rows)
+    rows = dataset.rows.tolist()
     windows, copies = [], []
     for start in range(0, len(rows), WINDOW):
         chains = [outline(*dataset.load_tokens(row), row) for row in rows[start : start + WINDOW]]
@@ -170,56 +180,60 @@ def plan(dataset: Dataset, max_chains: int, max_shapes: int, rows: Sequence[int]
         copies.append({row: other for row, other in repeats.items() if row != other})
         own = [chain for chain in chains if chain.row not in copies[-1]]
         windows.append(_grouped(own, dataset.num_labels, max_chains))
+    padding = _padding(windows, max_shapes)
+    return [
+        Window(list(_batches(window, max_chains, padding)), repeated)
+        for window, repeated in zip(windows, copies, strict=True)
+    ]
+
+
+def _padding(windows: Sequence[Sequence[Group]], max_shapes: int) -> _Padding:
     everything = [group for window in windows for group in window]
-    if not everything:
-        return []
     prefixes = shapes.choose(*_column(everything, "prefix", "num_tiles"), max_shapes).shapes
     lengths = np.concatenate([group.lengths for group in everything])
     parts = shapes.choose(lengths, np.zeros_like(lengths), -(-max_shapes // 2)).shapes
-    most_steps: dict[int, int] = {}
+    num_steps: dict[int, int] = {}
     for group in everything:
-        kind = _breadth(group)
-        most_steps[kind] = max(most_steps.get(kind, 0), *group.num_steps)
-    return [
-        Window(list(_batches(window, max_chains, prefixes, parts, most_steps)), repeated)
-        for window, repeated in zip(windows, copies, strict=True)
-    ]
+        breadth, _ = _kind(group)
+        num_steps[breadth] = max(num_steps.get(breadth, 0), *group.num_steps)
+    num_groups: Counter[tuple[int, int]] = Counter()
+    for window in windows:
+        num_groups |= Counter(map(_kind, window))
+    return _Padding(prefixes, parts, num_steps, num_groups)
 
 
 def _column(groups: Iterable[Group], *names: str) -> list[np.ndarray]:
     return [np.array([getattr(group, name) for group in groups]) for name in names]
 
 
-def _breadth(group: Group) -> int:
-    """Chains that go on together, rounded up to a power of two: groups of one breadth share a batch."""
-    return 1 << (max(map(len, group.parts)) - 1).bit_length()
+def _kind(group: Group) -> tuple[int, int]:
+    """(breadth, number of parts) of the groups that may share a batch; the breadth is that of the widest part."""
+    return _power_of_two(max(map(len, group.parts))), len(group.parts)
 
 
-def _batches(
-    window: Sequence[Group],
-    max_chains: int,
-    prefixes: Sequence[shapes.Shape],
-    parts: Sequence[shapes.Shape],
-    most_steps: dict[int, int],
-) -> Iterator[BatchPlan]:
-    def alike(group: Group) -> tuple[int, int]:
-        return _breadth(group), len(group.parts)
+def _power_of_two(count: int) -> int:
+    """The next one up."""
+    return 1 << (count - 1).bit_length()
 
+
+def _batches(window: Sequence[Group], max_chains: int, padding: _Padding) -> Iterator[BatchPlan]:
     def by_size(group: Group) -> tuple[int, ...]:
-        return (*alike(group), group.num_tiles, group.prefix, max(group.lengths), group.rows[0])
+        return (*_kind(group), group.num_tiles, group.prefix, max(group.lengths), group.rows[0])
 
-    for (breadth, num_parts), same in itertools.groupby(sorted(window, key=by_size, reverse=True), key=alike):
-        size = max(1, max_chains // breadth)
+    for kind, same in itertools.groupby(sorted(window, key=by_size, reverse=True), key=_kind):
+        breadth, num_parts = kind
+        # No more rows than any window fills: a question alone is not run beside seven rows of padding.
+        size = min(max(1, max_chains // breadth), _power_of_two(padding.num_groups[kind]))
         for chunk in _chunks(same, size):
             tokens = [max(group.lengths[part] for group in chunk) for part in range(num_parts)]
             yield BatchPlan(
                 groups=tuple(chunk),
                 size=size,
                 prefix=shapes.fitting(
-                    prefixes, max(group.prefix for group in chunk), max(group.num_tiles for group in chunk)
+                    padding.prefixes, max(group.prefix for group in chunk), max(group.num_tiles for group in chunk)
                 ),
-                part_tokens=tuple(shapes.fitting(parts, count, 0).tokens for count in tokens),
-                num_steps=most_steps[breadth],
+                part_tokens=tuple(shapes.fitting(padding.parts, count, 0).tokens for count in tokens),
+                num_steps=padding.num_steps[breadth],
             )
 
 
