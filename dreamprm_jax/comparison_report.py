@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,19 @@ def intro(results: dict[str, Any]) -> str:
 
 
 def markdown(table: page.Table) -> str:
-    """A table in GitHub's Markdown."""
+    """A table in GitHub's Markdown; what others wrote stays inside its cell, and text."""
     lines = [table.head, ["---"] * len(table.head), *table.rows]
     return "\n".join(
         [
             f"## {table.title}",
             "",
-            *("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines),
+            *("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines),
         ]
     )
+
+
+def _markdown_cell(cell: Any) -> str:
+    return re.sub(r"<(?=[\w/!?])", "&lt;", " ".join(str(cell).split())).replace("|", "\\|")
 
 
 # Cells.

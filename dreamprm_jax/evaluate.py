@@ -13,21 +13,22 @@ import numpy as np
 from dreamprm_jax import build, evaluation, evaluation_report
 from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import noisy_steps, raw
-from dreamprm_jax.data.bad_rows import RAISE, settle
-from dreamprm_jax.data.candidates import Contest, disagreements, noisy_contests, read_contests
+from dreamprm_jax.data.candidates import Contest, disagreements, noisy_contests, read_contests, settled
 from dreamprm_jax.data.example import Example
+from dreamprm_jax.data.fields import shown
 from dreamprm_jax.data.formats import visualprocessbench
 from dreamprm_jax.data.formats.rules import rules_for
 from dreamprm_jax.data.prepared import PreparedExamples, is_prepared, refuse_parent
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.evaluation import Scores, Settings
+from dreamprm_jax.evaluation import Judged, Scores, Settings
 from dreamprm_jax.evaluation_report import Evaluated
 from dreamprm_jax.metrics import METRICS_FILE, to_json, write_json_lines, write_text
 from dreamprm_jax.scoring import write_scores
 from dreamprm_jax.workdir import claim_workdir
 
 RESULTS_FILE, DISAGREEMENTS_FILE = "results.json", "disagreements.jsonl"
-SCORES_FILE, STEP_SCORES_FILE = "scores.jsonl", "step_scores.jsonl"
+STEP_SCORE_FIELDS = {"full": "step_scores", "two_token": "step_scores_two_token"}
+SCORES_FILES = {"candidates": "scores.jsonl", "benchmark": "step_scores.jsonl"}
 
 
 def run_evaluation(cfg: Any, workdir: Path) -> dict[str, Any]:
@@ -40,50 +41,65 @@ def run_evaluation(cfg: Any, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: before anything is compiled, a row, image or score that cannot be used, or a workdir of another run.
     """
-    settings = Settings(
-        aggregate=cfg.aggregate,
-        seed=cfg.seed,
-        **{name: cfg.evaluate[name] for name in ("step_score", "ties", "num_samples", "threshold", "held_out")},
-    )
-    contests, chains = read_contests_of(cfg), read_chains_of(cfg)
-    model = load_model(cfg.model, cfg.seed) if cfg.model.checkpoint is not None else None
+    check_sources(cfg)
+    settings = settings_of(cfg)
+    if (workdir / RESULTS_FILE).is_file() and (workdir / "config.json").is_file():
+        claim_workdir(workdir, build.record(cfg))
+        return summary_of(json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8")), settings, workdir)
+    contests, judged = read_contests_of(cfg), read_judged_of(cfg)
+    if judged is not None:
+        evaluation.check_judged(judged, settings)
+    model = _model(cfg, contests, judged)
     candidates = [candidate.example for contest in contests for candidate in contest.candidates]
-    ours = _scorer(cfg, model, workdir, cfg.candidates, candidates, SCORES_FILE) if contests else None
-    theirs = _scorer(cfg, model, workdir, cfg.benchmark, chains, STEP_SCORES_FILE) if chains else None
-    if chains and theirs is None:
+    score_candidates = _scorer(cfg, model, workdir, "candidates", candidates) if contests else None
+    score_judged = _scorer(cfg, model, workdir, "benchmark", judged.chains) if judged is not None else None
+    if judged is None and score_candidates is not None:
+        judged = evaluation.judged_candidates(contests)
+        if judged is not None:
+            evaluation.check_judged(judged, settings)
+            score_judged = score_candidates
+    claim_workdir(workdir, build.record(cfg))
+    scores = None if score_candidates is None else score_candidates()
+    step_scores = scores if score_judged is score_candidates else score_judged and score_judged()
+    found = evaluated(settings, contests, scores, judged, step_scores)
+    write_all(cfg, workdir, found)
+    return summary_of(found.results, settings, workdir)
+
+
+def settings_of(cfg: Any) -> Settings:
+    """How the config has scores read."""
+    of_evaluation = {name: cfg.evaluate[name] for name in Settings._fields if name in cfg.evaluate}
+    return Settings(aggregate=cfg.aggregate, seed=cfg.seed, **of_evaluation)
+
+
+def check_sources(cfg: Any) -> None:
+    """What is given for a source that there is not, and a benchmark that nothing scores.
+
+    Raises:
+      InputError: either of them.
+    """
+    for name in ("candidates", "benchmark"):
+        source = cfg[name]
+        embedded = name == "candidates" and cfg.benchmark.path is None  # the embedded benchmark's may be scored before
+        unused = [field for field in ("images", "scores") if source[field] is not None]
+        unused = [field for field in unused if not (embedded and field == "scores")]
+        if source.path is None and unused:
+            raise InputError(
+                f"--config.{name}.{unused[0]}={source[unused[0]]}: belongs to --config.{name}.path, which is not "
+                "given; give both or neither"
+            )
+    if cfg.benchmark.path is not None and cfg.benchmark.scores is None and cfg.model.checkpoint is None:
         raise InputError(
             f"--config.benchmark.path={cfg.benchmark.path}: needs a --config.model.checkpoint, or its "
             "--config.benchmark.scores"
         )
-    claim_workdir(workdir, build.record(cfg))
-    if (workdir / RESULTS_FILE).is_file():
-        return summary_of(json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8")), settings, workdir)
-    scores, step_scores = ours and ours(), theirs and theirs()
-    if not chains and scores is not None and candidates[0].step_truth is not None:
-        chains, step_scores = candidates, scores
-    found = evaluated(settings, contests, scores, chains, step_scores)
-    lines = disagreements(contests)
-    if lines:
-        write_json_lines(workdir / DISAGREEMENTS_FILE, lines)
-        found.results["selection"]["num_disagreements"] = len(lines)
-    evaluation_report.write_reports(
-        workdir,
-        found,
-        cfg.to_json_best_effort(indent=2),
-        questions_shown=cfg.evaluate.questions_shown,
-        image_side=cfg.evaluate.image_side,
-    )
-    summary = summary_of(found.results, settings, workdir)
-    write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "evaluate", **summary}])
-    write_text(workdir / RESULTS_FILE, json.dumps(found.results, indent=2) + "\n")  # the last: it says "finished"
-    return summary
 
 
 def evaluated(
     settings: Settings,
     contests: Sequence[Contest],
     scores: Scores | None,
-    chains: Sequence[Example],
+    judged: Judged | None,
     step_scores: Scores | None,
 ) -> Evaluated:
     """All figures of questions with candidates (where there are any), and of chains whose steps were judged."""
@@ -91,11 +107,32 @@ def evaluated(
     ballot = steps = None
     if contests:
         ballot = evaluation.ballot_of(contests, scores, settings)
-        results["selection"] = evaluation.selection_results(contests, scores, ballot, settings)
-    if step_scores is not None:
-        steps = evaluation.judged_steps(chains, step_scores)
-        results["steps"] = evaluation.step_results(steps, settings)
+        results["selection"] = {
+            **evaluation.selection_results(contests, scores, ballot, settings),
+            "num_disagreements": len(disagreements(contests)),
+        }
+    if judged is not None and step_scores is not None:
+        chosen, steps = evaluation.choose_threshold(evaluation.judged_steps(judged, step_scores), settings)
+        figures = evaluation.step_results(steps, chosen["threshold"])
+        results["steps"] = {**chosen, **figures, "num_unscored": len(step_scores.unscored)}
     return Evaluated(settings, contests, scores, ballot, steps, evaluation.finite(to_json(results)))
+
+
+def write_all(cfg: Any, workdir: Path, found: Evaluated) -> None:
+    """Every file of the workdir but the scores; results.json comes last, and says that the run is finished."""
+    lines = disagreements(found.contests)
+    if lines:
+        write_json_lines(workdir / DISAGREEMENTS_FILE, lines)
+    evaluation_report.write_reports(
+        workdir,
+        found,
+        cfg.to_json_best_effort(indent=2),
+        questions_shown=cfg.evaluate.questions_shown,
+        image_side=cfg.evaluate.image_side,
+    )
+    summary = summary_of(found.results, found.settings, workdir)
+    write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "evaluate", **summary}])
+    write_text(workdir / RESULTS_FILE, json.dumps(found.results, indent=2, allow_nan=False) + "\n")
 
 
 def summary_of(results: dict[str, Any], settings: Settings, workdir: Path) -> dict[str, Any]:
@@ -109,7 +146,7 @@ def summary_of(results: dict[str, Any], settings: Settings, workdir: Path) -> di
             summary["aggregate"] = settings.aggregate
         summary |= {name: found[name] for name in ("num_questions", "num_candidates")}
         summary["best_of_n"] = {name: found["accuracy"][rule]["mean"] for name, rule in rules.items()}
-        summary |= {name: found[name] for name in ("num_disagreements",) if name in found}
+        summary["num_disagreements"] = found["num_disagreements"]
     if "steps" in results:
         found = results["steps"]
         summary["steps"] = {name: found["pooled"][name] for name in ("f1_plus", "f1_minus", "macro_f1")}
@@ -127,11 +164,10 @@ def read_contests_of(cfg: Any) -> list[Contest]:
       InputError: a row that cannot be used.
     """
     if cfg.candidates.path is not None:
-        needed = cfg.model.checkpoint is not None and cfg.candidates.scores is None
         return read_contests(
             cfg.candidates.path,
             cfg.candidates.images,
-            need_images=needed or cfg.candidates.images is not None,
+            need_images=_is_for_model(cfg, cfg.candidates) or cfg.candidates.images is not None,
             splitter=cfg.evaluate.splitter,
             judge=cfg.evaluate.judge,
         )
@@ -140,28 +176,30 @@ def read_contests_of(cfg: Any) -> list[Contest]:
     return noisy_contests(noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps)).test)
 
 
-def read_chains_of(cfg: Any) -> list[Example]:
-    """The chains of the config's step benchmark, VisualProcessBench's rows or a prepared set of them; [] for none.
+def read_judged_of(cfg: Any) -> Judged | None:
+    """The chains of the config's step benchmark, VisualProcessBench's rows or a prepared set of them.
+
+    Images need not be there where there are scores.
 
     Raises:
       InputError: a row that cannot be used, or without the truth of its steps.
     """
     path = cfg.benchmark.path
     if path is None:
-        return []
+        return None
     refuse_parent(path)
     rules = rules_for(cfg.benchmark.images or raw.folder(path))
-    errors: dict[int, InputError] = {}
-    found: list[Example] = []
-    for number, parse in enumerate(_chain_parsers(path, rules)):
-        try:
-            found.append(parse())
-        except InputError as error:
-            errors[number] = error
-    settle(errors, len(found) + len(errors), RAISE)
+    if not _is_for_model(cfg, cfg.benchmark):
+        find_image = rules.find_image
+        rules = rules._replace(find_image=lambda name: find_image(name) or Path(name))
+    found = settled(lambda parse: parse(), ((parse,) for parse in _chain_parsers(path, rules)))
     if not found:
         raise InputError(f"{path}: no rows; give chains with the truth of their steps")
-    return [example._replace(row=row) for row, example in enumerate(found)]
+    return evaluation.judged_chains([example._replace(row=row) for row, example in enumerate(found)])
+
+
+def _is_for_model(cfg: Any, source: Any) -> bool:
+    return cfg.model.checkpoint is not None and source.scores is None
 
 
 def _chain_parsers(path: str, rules: Any) -> list[Callable[[], Example]]:
@@ -182,23 +220,36 @@ def _with_truth(prepared: PreparedExamples, row: int) -> Example:
 # --- Scores.
 
 
+def _model(cfg: Any, contests: Sequence[Contest], judged: Judged | None) -> Model | None:
+    """The config's model where something has no scores yet."""
+    asked = [cfg.candidates] * bool(contests) + [cfg.benchmark] * (judged is not None)
+    return load_model(cfg.model, cfg.seed) if any(_is_for_model(cfg, source) for source in asked) else None
+
+
 def _scorer(
-    cfg: Any, model: Model | None, workdir: Path, source: Any, chains: Sequence[Example], name: str
+    cfg: Any, model: Model | None, workdir: Path, name: str, chains: Sequence[Example]
 ) -> Callable[[], Scores] | None:
-    """What gives the chains' scores, everything checked; None where there is neither a file of them nor a model."""
-    if source.scores is not None:
-        scores = read_scores(Path(source.scores), chains, cfg.evaluate.step_score)
+    """What gives the chains' scores, everything checked; None where there is neither a file of them nor a model.
+
+    `name`: of the config's part that says where the chains are, "candidates" or "benchmark".
+    """
+    if cfg[name].scores is not None:
+        path = Path(cfg[name].scores)
+        if not path.is_file():
+            raise InputError(f"--config.{name}.scores={path}: no such file; give scores.jsonl of a run, or a model")
+        scores = read_scores(path, chains, cfg.evaluate.step_score)
         return lambda: scores
     if model is None:
         return None
-    dataset = build.encoder(cfg, model)(list(chains))
+    dataset, output = build.encoder(cfg, model)(list(chains)), workdir / SCORES_FILES[name]
 
     def score() -> Scores:
-        write_scores(cfg, model, dataset, workdir / name)
-        found = read_scores(workdir / name, [chains[row] for row in dataset.rows], cfg.evaluate.step_score)
+        write_scores(cfg, model, dataset, output)
+        found = read_scores(output, [chains[row] for row in dataset.rows], cfg.evaluate.step_score)
         by_row = dict(zip(dataset.rows.tolist(), found.steps, strict=True))
         steps = [by_row.get(row, np.zeros(example.num_steps)) for row, example in enumerate(chains)]
-        return Scores(steps, dataset.num_tokens.tolist(), len(chains) - len(by_row))
+        unscored = tuple(row for row in range(len(chains)) if row not in by_row)
+        return Scores(steps, dataset.num_tokens.tolist(), unscored)
 
     return score
 
@@ -215,21 +266,33 @@ def read_scores(path: Path, chains: Sequence[Example], step_score: str) -> Score
     Raises:
       InputError: not a line for each chain, or scores that are no probabilities, one for each of its steps.
     """
-    field = {"full": "step_scores", "two_token": "step_scores_two_token"}[step_score]
+    field = STEP_SCORE_FIELDS[step_score]
     rows = list(raw.file_rows(path.name, path))
     if len(rows) != len(chains):
         raise InputError(
             f"{path}: has {len(rows)} lines for {len(chains)} chains; it must have one each, in their order"
         )
     steps = [_step_scores(row, field, example, place) for (row, _, place), example in zip(rows, chains, strict=True)]
-    num_tokens = [row.get("num_tokens") for row, _, _ in rows]
+    num_tokens = [_num_tokens(row, place) for row, _, place in rows]
     return Scores(steps, None if None in num_tokens else num_tokens)
+
+
+def _num_tokens(row: dict, place: str) -> int | None:
+    value = row.get("num_tokens")
+    if value is not None and (type(value) is not int or value < 0):
+        raise InputError(f'{place}: "num_tokens" is {shown(value)}; it must be a whole number, or left out')
+    return value
 
 
 def _step_scores(row: Any, field: str, example: Example, place: str) -> np.ndarray:
     if isinstance(row, InputError):
         raise row
     values = row.get(field) if isinstance(row, dict) else None
+    other = next((kind for kind, name in STEP_SCORE_FIELDS.items() if isinstance(row, dict) and name in row), None)
+    if values is None and other is not None:
+        raise InputError(
+            f'{place}: "{field}" is missing; --config.evaluate.step_score={other} takes "{STEP_SCORE_FIELDS[other]}"'
+        )
     usable = isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
     if not usable or len(values) != example.num_steps:
         raise InputError(

@@ -13,10 +13,12 @@ from dreamprm_jax.data.answers import vote_key
 from dreamprm_jax.data.candidates import Contest
 from dreamprm_jax.data.example import HUMAN, Example
 from dreamprm_jax.data.formats.disciplines import discipline
+from dreamprm_jax.data.formats.prompts import FIRST_STEP_HEADING
+from dreamprm_jax.data.images import image_size
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.losses import AGGREGATIONS, PROBABILITIES
 from dreamprm_jax.scoring import response_scores
-from dreamprm_jax.selection import Field, Interval
+from dreamprm_jax.selection import Field
 
 FACETS = ("subject", "discipline", "image type", "difficulty")
 """What questions are grouped by."""
@@ -39,7 +41,7 @@ class Scores(NamedTuple):
 
     steps: list[np.ndarray]  # of each chain [S]: P("+"), as Settings.step_score has it
     num_tokens: list[int] | None  # of each chain; None: not known
-    num_unscored: int = 0  # chains that could not be scored: their steps have score 0
+    unscored: tuple[int, ...] = ()  # numbers of the chains that could not be scored: their steps have score 0
 
 
 class Ballot(NamedTuple):
@@ -99,7 +101,7 @@ def selection_results(
         "fewest_candidates": int(counts.min()),
         "num_responses": int(counts.sum()),
         "num_without_answer": int((field.present & (field.answers < 0)).sum()),
-        "num_unscored": scores.num_unscored if scores else 0,
+        "num_unscored": len(scores.unscored) if scores else 0,
         "accuracy": {rule: _interval(values, settings.seed) for rule, values in found.items()},
         "runs": selection.run_accuracy(field).tolist(),
         "curves": {
@@ -123,18 +125,32 @@ def _groups(contests: Sequence[Contest], found: Mapping[str, np.ndarray]) -> dic
 
 
 def _model_results(scores: Scores, ballot: Ballot, settings: Settings) -> dict[str, Any]:
-    field, chosen = ballot.field, ballot.scores[settings.aggregate]
-    num_steps = selection.packed(field, [len(steps) for steps in scores.steps])
-    lengths = {"steps": selection.length_effect(field, chosen, num_steps, settings.ties)._asdict()}
+    field, response_score = ballot.field, ballot.scores[settings.aggregate]
+    lengths = {"steps": selection.packed(field, [len(steps) for steps in scores.steps])}
     if scores.num_tokens is not None:
-        num_tokens = selection.packed(field, scores.num_tokens)
-        lengths["tokens"] = selection.length_effect(field, chosen, num_tokens, settings.ties)._asdict()
+        lengths["tokens"] = selection.packed(field, scores.num_tokens)
     return {
         "gains": {name: gains(ballot.outcomes, name, settings.seed) for name in ballot.scores},
         "ties": {name: selection.tie_figures(field, values) for name, values in ballot.scores.items()},
-        "lengths": lengths,
-        "score_by_steps": selection.scores_by_length(field, chosen, num_steps),
-        "responses": _told_apart(field.correct[field.present], chosen[field.present], settings.aggregate),
+        "lengths": _length_effects(scores, field, response_score, lengths, settings.ties),
+        "score_by_steps": selection.scores_by_length(field, response_score, lengths["steps"]),
+        "responses": _told_apart(field.correct[field.present], response_score[field.present], settings.aggregate),
+    }
+
+
+def _length_effects(
+    scores: Scores, field: Field, response_score: np.ndarray, lengths: Mapping[str, np.ndarray], ties: selection.Ties
+) -> dict[str, dict[str, Any]]:
+    """`selection.length_effect` by unit, over the questions whose candidates were all scored."""
+    lost = np.zeros(int(field.present.sum()))
+    lost[list(scores.unscored)] = 1
+    whole = ~selection.packed(field, lost).any(axis=1)
+    if not whole.any():
+        return {}
+    part = Field(*(values[whole] for values in field))
+    return {
+        unit: selection.length_effect(part, response_score[whole], values[whole], ties)._asdict()
+        for unit, values in lengths.items()
     }
 
 
@@ -158,52 +174,94 @@ def _told_apart(is_right: np.ndarray, scores: np.ndarray, aggregate: str) -> dic
 # --- Steps.
 
 
-def judged_steps(examples: Sequence[Example], scores: Scores) -> step_benchmark.Steps:
-    """The steps of chains that people judged (`Example.step_truth`), with their scores.
+class Judged(NamedTuple):
+    """K chains whose steps people judged (`Example.step_truth`)."""
+
+    chains: Sequence[Example]  # [K]
+    keys: Sequence[str]  # [K]: equal for chains about one question, which must not lie on both sides of a split
+
+
+def judged_chains(chains: Sequence[Example]) -> Judged:
+    """Chains of a step benchmark; those with one question text and pictures of the same size are about one question.
+
+    So the split is the same wherever the pictures lie, in files or in a prepared set.
+    """
+    return Judged(chains, [_question_key(chain) for chain in chains])
+
+
+def _question_key(chain: Example) -> str:
+    first = next(turn.text for turn in chain.turns if turn.role == HUMAN)
+    sizes = [
+        str(image_size(image, chain.place)) for image in chain.images if isinstance(image, bytes) or image.is_file()
+    ]
+    return "\n".join([first.partition(FIRST_STEP_HEADING)[0].strip(), *sizes])
+
+
+def judged_candidates(contests: Sequence[Contest]) -> Judged | None:
+    """The candidates, where the truth of all their steps is known, as the embedded benchmark's is."""
+    pairs = [(candidate.example, contest.question.id) for contest in contests for candidate in contest.candidates]
+    if any(example.step_truth is None for example, _ in pairs):
+        return None
+    return Judged([example for example, _ in pairs], [key for _, key in pairs])
+
+
+def judged_steps(judged: Judged, scores: Scores) -> step_benchmark.Steps:
+    """The steps of judged chains with their scores.
 
     Raises:
       InputError: a score that is no probability.
     """
     return step_benchmark.steps_of(
-        [example.step_truth for example in examples],
+        [chain.step_truth for chain in judged.chains],
         [steps.tolist() for steps in scores.steps],
-        [example.dataset or "no source" for example in examples],
-        [_question_key(example) for example in examples],
+        [chain.dataset or "no source" for chain in judged.chains],
+        judged.keys,
     )
 
 
-def _question_key(example: Example) -> str:
-    """Equal for chains about one question: they must not lie on both sides of a split."""
-    first = next(turn.text for turn in example.turns if turn.role == HUMAN)
-    images = [str(image) if not isinstance(image, bytes) else str(hash(image)) for image in example.images]
-    return "\n".join([first.partition("### Solution Process:")[0].strip(), *images])
-
-
-def step_results(steps: step_benchmark.Steps, settings: Settings) -> dict[str, Any]:
-    """How well steps are judged, in numbers, JSON alone.
-
-    Where the threshold is chosen (`settings.threshold` None), all figures are of the chains that were not held out.
-    `all_right` is what saying "right" to every step would give, on the same chains.
+def check_judged(judged: Judged, settings: Settings) -> None:
+    """Whether there will be figures; to be asked before hours of scoring, since it does not depend on the scores.
 
     Raises:
-      InputError: the held-out part or the rest has steps of one kind alone.
+      InputError: no step is right or wrong; or, where the threshold is to be chosen, the held-out part or the rest has
+        steps of one kind alone.
     """
-    chosen: dict[str, Any] = {"threshold": settings.threshold, "chosen_on": None}
-    if settings.threshold is None:
-        tuned = step_benchmark.tuned_step_f1(steps, settings.held_out, settings.seed)
-        chosen = {
-            "threshold": tuned.threshold,
-            "chosen_on": {
-                "num_chains": int(tuned.held_out.sum()),
-                "share_of_questions": settings.held_out,
-                "seed": settings.seed,
-                "macro_f1": tuned.held_out_figures["macro_f1"],
-            },
-        }
-        steps = step_benchmark.of_chains(steps, ~tuned.held_out)
-    threshold = chosen["threshold"]
+    blank = Scores([np.zeros(chain.num_steps) for chain in judged.chains], None)
+    choose_threshold(judged_steps(judged, blank), settings)
 
-    def figures(part: step_benchmark.Steps) -> dict[str, Any]:
+
+def choose_threshold(steps: step_benchmark.Steps, settings: Settings) -> tuple[dict[str, Any], step_benchmark.Steps]:
+    """The threshold with what it was chosen on (None: it is given), and the steps that figures are of.
+
+    These are all steps where it is given, else those of the chains that were not held out to choose it.
+
+    Raises:
+      InputError: as `check_judged` has them.
+    """
+    if settings.threshold is not None:
+        step_benchmark.step_f1(steps, settings.threshold)
+        return {"threshold": settings.threshold, "chosen_on": None}, steps
+    tuned = step_benchmark.tuned_step_f1(steps, settings.held_out, settings.seed)
+    chosen_on = {
+        "num_chains": int(tuned.held_out.sum()),
+        "share_of_questions": settings.held_out,
+        "seed": settings.seed,
+        "macro_f1": tuned.held_out_figures["macro_f1"],
+    }
+    return (
+        {"threshold": tuned.threshold, "chosen_on": chosen_on},
+        step_benchmark.of_chains(steps, ~tuned.held_out),
+    )
+
+
+def step_results(steps: step_benchmark.Steps, threshold: float) -> dict[str, Any]:
+    """How well steps are judged, in numbers, JSON alone.
+
+    `all_right` is what saying "right" to every step would give, on the same chains. Where a source has no chain with an
+    error, or none without, the figures of its first errors are null and have no mean over the sources.
+    """
+
+    def figures(part: step_benchmark.Steps, threshold: float = threshold) -> dict[str, Any]:
         first = step_benchmark.first_error(part, threshold)
         return {**step_benchmark.step_f1(part, threshold), **{f"first_error_{name}": first[name] for name in first}}
 
@@ -212,12 +270,11 @@ def step_results(steps: step_benchmark.Steps, settings: Settings) -> dict[str, A
     calibration = step_benchmark.calibration(is_right, known.scores)
     by_source = step_benchmark.by_source(steps, figures)
     return {
-        **chosen,
         "num_chains": len(steps.sources),
         "pooled": figures(steps),
         "mean_of_sources": _mean_of(by_source),
         "by_source": by_source,
-        "all_right": step_benchmark.step_f1(steps._replace(scores=np.ones(len(steps.scores))), 0.5),
+        "all_right": figures(steps._replace(scores=np.ones(len(steps.scores))), 0.5),
         "auroc": step_benchmark.auroc(is_right, known.scores),
         "calibration_error": calibration.expected_error,
         "brier": calibration.brier,
@@ -238,8 +295,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def interval_of(figures: Mapping[str, float]) -> Interval:
-    """An interval as results have it."""
-    return Interval(figures["mean"], figures["low"], figures["high"])

@@ -14,7 +14,8 @@ from dreamprm_jax import browser, evaluation, page, plots, selection, step_bench
 from dreamprm_jax.comparison_report import markdown
 from dreamprm_jax.data.candidates import Candidate, Contest
 from dreamprm_jax.data.conversation import IMAGE_MARKER
-from dreamprm_jax.data.example import HUMAN, Example, ImageSource
+from dreamprm_jax.data.example import HUMAN, Example, ImageSource, Question
+from dreamprm_jax.data.formats.prompts import FIRST_STEP_HEADING
 from dreamprm_jax.data.images import open_image
 from dreamprm_jax.evaluation import Ballot, Scores, Settings
 from dreamprm_jax.losses import PROBABILITIES
@@ -32,8 +33,19 @@ PAPERS_TABLE = (
 )
 """Table 1 of arXiv 2509.05542: MMMU's validation split, eight candidates of GPT-5-mini a question, in percent."""
 
+STEP_FIGURES = {
+    "f1_plus": "F1 right",
+    "f1_minus": "F1 wrong",
+    "macro_f1": "macro-F1",
+    "accuracy": "accuracy",
+    "first_error_error_accuracy": "first error found",
+    "first_error_correct_accuracy": "right chains passed",
+    "first_error_f1": "their harmonic mean",
+}
+STEP_COUNTS = {"num_right": "right", "num_wrong": "wrong", "num_neutral": "neutral"}
+"""Figures of steps, and the heads of their columns."""
+
 _NONE = "–"  # noqa: RUF001
-_THRESHOLD_NOTE = "steps above it count as right"
 
 
 class Evaluated(NamedTuple):
@@ -43,7 +55,7 @@ class Evaluated(NamedTuple):
     contests: Sequence[Contest]
     scores: Scores | None  # of the contests' candidates
     ballot: Ballot | None
-    steps: step_benchmark.Steps | None  # of the chains whose steps were judged
+    steps: step_benchmark.Steps | None  # judged ones, those that the figures are of
     results: dict[str, Any]  # results.json
 
 
@@ -59,70 +71,113 @@ def write_reports(workdir: Path, found: Evaluated, config: str, *, questions_sho
     """
     tables, shown = tables_of(found.results, found.settings), plots_of(found)
     text = intro(found.results, found.settings)
-    write_text(workdir / "results.md", "\n\n".join(["# Evaluation", text, *map(markdown, tables)]) + "\n")
+    note = notes(found.results)
+    parts = ["# Evaluation", text, *map(markdown, tables), f"## {page.NOTES_TITLE}", note]
+    write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
     plots.write_plots(workdir / "plots", shown)
     sections = []
     if found.contests and questions_shown:
         first = questions_of(found, questions_shown, image_side)
         more = len(found.contests) - len(first)
-        note = f"The first {len(first)} of {len(found.contests)} questions." if more else ""
-        sections.append(browser.section(first, note=note))
-    write_text(workdir / "report.html", page.render("Evaluation", tables, shown, config, sections=sections, intro=text))
+        limit = f"The first {len(first):,} of {len(found.contests):,} questions." if more else ""
+        sections.append(browser.section(first, note=limit))
+    write_text(
+        workdir / "report.html",
+        page.render("Evaluation", tables, shown, config, sections=sections, intro=text, notes=note),
+    )
 
 
 def intro(results: Mapping[str, Any], settings: Settings) -> str:
-    """How the tables are to be read."""
+    """What was evaluated, and how the model's scores were read."""
     parts = []
     if "selection" in results:
-        found = results["selection"]
+        parts += _selection_text(results["selection"])
+    if "steps" in results or "gains" in results["selection"]:
+        which = {"full": "over the full vocabulary", "two_token": 'over "+" and "-"'}[settings.step_score]
+        parts.append(f'A step\'s score is P("+") {which}.')
+    if "gains" in results.get("selection", {}):
         parts.append(
-            f"{found['num_questions']} questions, {found['num_responses']} candidate responses, up to "
-            f"{found['num_candidates']} a question. Accuracies are in percent, in brackets 95% intervals of a "
-            "bootstrap over questions; gains are in points, on the same questions, with the p-value of a two-sided "
-            "sign-flip test (McNemar's exact one where no answer is tied). Tied answers share a vote's credit; a "
-            "response without a recognised answer casts none."
+            f"PRM chooses the response with the highest {settings.aggregate} of its steps' scores, of equals the "
+            f"{settings.ties}."
         )
-        if "gains" in found:
-            which = {"full": "over the full vocabulary", "two_token": 'over "+" and "-"'}[settings.step_score]
-            parts.append(
-                f'A step\'s score is P("+") {which}; PRM chooses the response with the highest {settings.aggregate} of '
-                f"them, of equals the {settings.ties}."
-            )
-        if found["num_unscored"]:
-            parts.append(f"{found['num_unscored']} responses could not be scored and count as scored 0.")
     if "steps" in results:
-        parts.append(_threshold_text(results["steps"]))
+        parts += _steps_text(results["steps"])
     return " ".join(parts)
 
 
-def _threshold_text(steps: Mapping[str, Any]) -> str:
-    chosen = steps["chosen_on"]
+def _selection_text(found: Mapping[str, Any]) -> list[str]:
+    fewest, most = found["fewest_candidates"], found["num_candidates"]
+    each = f"{most}" if fewest == most else f"{fewest} to {most}"
+    questions, responses = _count(found["num_questions"], "question"), _count(found["num_responses"], "response")
+    parts = [f"{questions} with {each} candidates each, {responses} in all."]
+    if found["num_without_answer"]:
+        parts.append(f"{_count(found['num_without_answer'], 'response')} without a recognised answer.")
+    if found["num_unscored"]:
+        parts.append(
+            f"{_count(found['num_unscored'], 'response')} could not be scored: the steps count as scored 0, and the "
+            "questions are left out where scores are compared with lengths."
+        )
+    if found["num_disagreements"]:
+        number = _count(found["num_disagreements"], "response")
+        parts.append(f"The record and MMMU's rules disagree on {number}, listed in disagreements.jsonl.")
+    return parts
+
+
+def _steps_text(found: Mapping[str, Any]) -> list[str]:
+    chosen, counted = found["chosen_on"], _count(found["num_chains"], "chain")
+    threshold = f"{found['threshold']:.4g}"
     if chosen is None:
-        return f"Steps: threshold {steps['threshold']:.4g}, given; {_THRESHOLD_NOTE}, neutral ones do not count."
-    return (
-        f"Steps: threshold {steps['threshold']:.4g}, of highest macro-F1 on {chosen['num_chains']} chains that were "
-        f"held out ({chosen['share_of_questions']:.0%} of the questions, by hash, seed {chosen['seed']}); "
-        f"{_THRESHOLD_NOTE}. All figures are of the other {steps['num_chains']} chains; neutral steps do not count."
-    )
+        parts = [f"Steps of {counted}: those scored above {threshold}, the threshold given, are taken to be right."]
+    else:
+        parts = [
+            f"Steps of {counted}: those scored above {threshold} are taken to be right, the threshold of highest "
+            f"macro-F1 on {chosen['num_chains']:,} others, which were held out "
+            f"({chosen['share_of_questions']:.0%} of the questions, by hash, seed {chosen['seed']})."
+        ]
+    if found["num_unscored"]:
+        parts.append(f"{_count(found['num_unscored'], 'chain')} could not be scored: the steps count as scored 0.")
+    return parts
+
+
+def notes(results: Mapping[str, Any]) -> str:
+    """What the figures in the tables are."""
+    parts = []
+    if "selection" in results:
+        parts.append(
+            "Accuracies are in percent, in brackets 95% intervals of a bootstrap over questions. Tied answers share a "
+            "vote's credit; a response without a recognised answer casts none."
+        )
+    if "gains" in results.get("selection", {}):
+        parts.append(
+            "Gains are in points, on the same questions, with the p-value of a two-sided sign-flip test (McNemar's "
+            "exact one where no answer is tied)."
+        )
+    if "steps" in results:
+        parts.append("Neutral steps do not count. F1 is 0 where no step of its kind is found.")
+    return " ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 # --- Tables.
 
 
 def tables_of(results: Mapping[str, Any], settings: Settings) -> list[page.Table]:
-    """All tables, those of best-of-N first."""
-    tables = []
-    if "selection" in results:
-        found = results["selection"]
+    """All tables: what was asked first, then what it is made of, and figures of others last."""
+    tables, found = [], results.get("selection")
+    if found is not None:
         tables.append(_best_of_n(found, settings))
         if "gains" in found:
             tables.append(_aggregations(found))
-        tables += [_by_number(found, settings), _runs(found), *_groups(found, settings)]
-        if "gains" in found:
-            tables.append(_lengths(found))
-        tables.append(_papers_table())
     if "steps" in results:
         tables += _steps(results["steps"])
+    if found is not None:
+        tables += [_by_number(found, settings), *_groups(found, settings), _runs(found)]
+        if found.get("lengths"):
+            tables.append(_lengths(found))
+        tables.append(_papers_table())
     return tables
 
 
@@ -160,7 +215,7 @@ def _best_of_n(found: Mapping[str, Any], settings: Settings) -> page.Table:
         for rule, title in _titles(settings).items()
         if rule in found["accuracy"]
     ]
-    return page.Table(f"Best of {found['num_candidates']}", ("choice", "accuracy, %"), rows)
+    return page.Table(f"Best of {found['num_candidates']}", ("choice", "accuracy, % [95% interval]"), rows)
 
 
 def _aggregations(found: Mapping[str, Any]) -> page.Table:
@@ -193,8 +248,10 @@ def _by_number(found: Mapping[str, Any], settings: Settings) -> page.Table:
     titles |= {f"prm/{name}": f"PRM ({name})" for name in sorted(found.get("gains", ()))}
 
     def cells(rule: str) -> list[str]:
-        pairs = zip(curves["mean"][rule], curves["std"][rule], strict=True)
-        return [f"{percent(mean)} ± {percent(std)}" for mean, std in pairs]
+        *samples, whole = zip(
+            curves["mean"][rule], curves["std"][rule], strict=True
+        )  # all candidates: there is but one
+        return [*(f"{percent(mean)} ± {percent(std)}" for mean, std in samples), percent(whole[0])]
 
     rows = [(title, *cells(rule)) for rule, title in titles.items() if rule in curves["mean"]]
     title = f"Accuracy by the number of candidates, {settings.num_samples} sub-samples, ± standard deviation over them"
@@ -245,21 +302,21 @@ def _papers_table() -> page.Table:
 
 
 def _steps(found: Mapping[str, Any]) -> list[page.Table]:
-    figures = ("f1_plus", "f1_minus", "macro_f1", "accuracy", "first_error_error_accuracy",
-               "first_error_correct_accuracy", "first_error_f1")  # fmt: skip
-    counts = ("num_right", "num_wrong", "num_neutral")
-    lines = {"all sources": found["pooled"], **found["by_source"], "mean of the sources": found["mean_of_sources"]}
-    lines["saying right to every step"] = found["all_right"]
+    lines = [
+        ("all sources", found["pooled"]),
+        *found["by_source"].items(),
+        ("mean of the sources", found["mean_of_sources"]),
+        ("saying right to every step", found["all_right"]),
+    ]
     rows = [
         (
             name,
-            *(fraction(values.get(figure)) for figure in figures),
-            *(values.get(count, _NONE) for count in counts),
+            *(fraction(values.get(figure)) for figure in STEP_FIGURES),
+            *(values.get(count, _NONE) for count in STEP_COUNTS),
         )
-        for name, values in lines.items()
+        for name, values in lines
     ]
-    head = ("source", "F1 right", "F1 wrong", "macro-F1", "accuracy", "first error found", "right chains passed",
-            "their harmonic mean", "right", "wrong", "neutral")  # fmt: skip
+    head = ("source", *STEP_FIGURES.values(), *STEP_COUNTS.values())
     overall = [
         ("AUROC", fraction(found["auroc"])),
         ("expected calibration error", fraction(found["calibration_error"])),
@@ -322,26 +379,37 @@ def _plot(name: str, caption: str, figure: Any) -> page.Plot:
 
 def questions_of(found: Evaluated, count: int, image_side: int) -> list[browser.Question]:
     """The first `count` questions as the page shows them, pictures of at most `image_side` pixels (0: none)."""
-    scores = iter(found.scores.steps) if found.scores is not None else None
+    picked, step_scores = None, None
+    if found.scores is not None:
+        response_score = found.ballot.scores[found.settings.aggregate]
+        picked = selection.chosen(found.ballot.field, response_score, found.settings.ties)
+        step_scores = iter(found.scores.steps)
+    shown = []
+    for number, contest in enumerate(found.contests[:count]):
+        marks = _chosen_by(found, number, None if picked is None else int(picked[number]))
+        candidates = []
+        for place, (candidate, rules) in enumerate(zip(contest.candidates, marks, strict=True)):
+            own = [None] * candidate.example.num_steps if step_scores is None else next(step_scores)
+            score = None if picked is None else float(response_score[number, place])
+            candidates.append(_candidate(candidate, contest.question, own, score, rules))
+        shown.append(_question(found, number, candidates, image_side))
+    return shown
+
+
+def _chosen_by(found: Evaluated, number: int, picked: int | None) -> list[list[str]]:
+    """For each candidate of a question, the rules that choose it; the majority chooses all that give its answer."""
+    answers = found.ballot.field.answers[number][: len(found.contests[number].candidates)]
+    leading = _leading(answers)
     return [
-        _question(found, number, contest, scores, image_side) for number, contest in enumerate(found.contests[:count])
+        [browser.PRM] * (place == picked) + [browser.MAJORITY] * (int(answer) in leading)
+        for place, answer in enumerate(answers)
     ]
 
 
-def _question(found: Evaluated, number: int, contest: Contest, scores: Any, image_side: int) -> browser.Question:
-    field, outcomes, aggregate = found.ballot.field, found.ballot.outcomes, found.settings.aggregate
-    responses = found.ballot.scores[aggregate][number] if scores is not None else [None] * len(contest.candidates)
-    chosen = None
-    if scores is not None:
-        only = selection.Field(*(values[number : number + 1] for values in field))
-        one = found.ballot.scores[aggregate][number : number + 1]
-        chosen = int(selection.chosen(only, one, found.settings.ties)[0])
-    leading = _leading(field.answers[number])
-    candidates = []
-    for place, candidate in enumerate(contest.candidates):
-        rules = [browser.PRM] * (place == chosen) + [browser.MAJORITY] * (int(field.answers[number, place]) in leading)
-        own = next(scores) if scores is not None else [None] * candidate.example.num_steps
-        candidates.append(_candidate(candidate, own, responses[place], rules))
+def _question(
+    found: Evaluated, number: int, candidates: Sequence[browser.Candidate], image_side: int
+) -> browser.Question:
+    contest, outcomes = found.contests[number], found.ballot.outcomes
     question = contest.question
     return browser.Question(
         id=question.id,
@@ -349,7 +417,7 @@ def _question(found: Evaluated, number: int, contest: Contest, scores: Any, imag
         candidates=candidates,
         majority_correct=float(outcomes["majority"][number]),
         oracle=bool(outcomes["oracle"][number]),
-        prm_correct=None if scores is None else float(outcomes[f"prm/{aggregate}"][number]),
+        prm_correct=None if found.scores is None else float(outcomes[f"prm/{found.settings.aggregate}"][number]),
         options=question.options,
         answer=question.answer or None,
         images=_pictures(question.images, question.place, image_side),
@@ -358,12 +426,16 @@ def _question(found: Evaluated, number: int, contest: Contest, scores: Any, imag
 
 
 def _candidate(
-    candidate: Candidate, scores: Sequence[float | None], response: float | None, rules: list[str]
+    candidate: Candidate,
+    question: Question,
+    scores: Sequence[float | None],
+    response_score: float | None,
+    rules: list[str],
 ) -> browser.Candidate:
     truth = candidate.example.step_truth or [None] * candidate.example.num_steps
-    texts = step_texts(candidate.example)
+    texts = step_texts(candidate.example, question)
     steps = [browser.Step(*each) for each in zip(texts, scores, truth, strict=True)]
-    return browser.Candidate(candidate.answer, candidate.correct, steps, response, rules)
+    return browser.Candidate(candidate.answer, candidate.correct, steps, response_score, rules)
 
 
 def _leading(answers: np.ndarray) -> set[int]:
@@ -372,11 +444,13 @@ def _leading(answers: np.ndarray) -> set[int]:
     return {int(value) for value in values[counts == counts.max(initial=0)]}
 
 
-def step_texts(example: Example) -> list[str]:
-    """The steps of a chain, S of them; a question in the first one's turn is left out."""
+def step_texts(example: Example, question: Question) -> list[str]:
+    """The steps of a chain, S of them; where the first one stands behind the question, the question is left out."""
     texts = [turn.text.replace(IMAGE_MARKER, "") for turn in example.turns if turn.role == HUMAN]
-    texts = texts[len(texts) - example.num_steps :]
-    return [texts[0].rpartition("### Solution Process:\n")[2], *texts[1:]]
+    if len(texts) > example.num_steps:  # the question has a turn of its own
+        return texts[-example.num_steps :]
+    _, heading, first = texts[0].partition(FIRST_STEP_HEADING)
+    return [first if heading else texts[0].removeprefix(question.text).lstrip(), *texts[1:]]
 
 
 def _pictures(images: Sequence[ImageSource], place: str, side: int) -> list[bytes]:

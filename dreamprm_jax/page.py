@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,10 +66,24 @@ def _shown(cell: Any) -> Any:
     return round(cell, 4) if isinstance(cell, float) else cell
 
 
+def _aligned(table: Table) -> list[bool]:
+    """Which columns stand at the right: those of numbers, be they with an interval or missing here and there."""
+    columns = zip(*table.rows, strict=True)
+    return [all(map(_is_numeric, cells)) for cells in columns] or [False] * len(table.head)
+
+
+def _is_numeric(cell: Any) -> bool:
+    return isinstance(cell, int | float) or str(cell) == _NONE or re.match(r"[-+]?\d", str(cell)) is not None
+
+
+_NONE = "–"  # noqa: RUF001
+
+
 def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
+NOTES_TITLE = "How to read the tables"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -77,7 +92,7 @@ def environment() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    found.filters |= {"shown": _shown, "base64": _base64}
+    found.filters |= {"shown": _shown, "base64": _base64, "aligned": _aligned}
     return found
 
 
@@ -100,14 +115,15 @@ def render(
     galleries: Sequence[Gallery] = (),
     sections: Sequence[Section] = (),
     intro: str = "",
+    notes: str = "",
 ) -> str:
-    """The page. All text is escaped; pictures are inside it, so it needs no network, and it is allowed none."""
+    """The page, `notes` below the tables. All text is escaped; pictures are inside it, so it needs no network."""
     return (
         environment()
         .get_template("page.html")
         .render(
             title=title, tables=tables, plots=plots, config=config, galleries=galleries, sections=sections,
-            intro=intro, policy=_policy(sections),
+            intro=intro, notes=notes, notes_title=NOTES_TITLE, policy=_policy(sections),
         )
     )  # fmt: skip
 

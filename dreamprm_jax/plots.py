@@ -290,6 +290,7 @@ def score_by_steps(num_steps: Sequence[int], scores: Sequence[float], is_right: 
             label=f"{name}, mean ({kind.sum()})",
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(steps.min() - 0.7, steps.max() + 0.7)  # also where all are of one length
     axes.set(title="Score by number of steps", xlabel="steps", ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -337,14 +337,15 @@ def paired_bootstrap(
 def sign_flip_p_value(ours: np.ndarray, theirs: np.ndarray, num_samples: int = 9_999, seed: int = 0) -> float:
     """Two-sided p-value of the mean difference of paired outcomes [Q], if each difference had either sign alike.
 
-    Where no outcome is a share of a tie, that is McNemar's exact test: a binomial one of the questions that differ.
-    Elsewhere signs are flipped at random, `num_samples` times (all ways to flip, where they are fewer).
+    Where all that differ do so by as much, as where no outcome is a share of a tie, that is McNemar's exact test: a
+    binomial one of the questions that differ. Elsewhere signs are flipped at random, `num_samples` times (all ways to
+    flip, where they are fewer).
     """
     differences = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     differences = differences[differences != 0]  # a question where both are alike has no sign
     if not len(differences):
         return 1.0
-    if np.all(np.abs(differences) == 1):
+    if np.all(np.abs(differences) == np.abs(differences[0])):
         return float(binomtest(int((differences > 0).sum()), len(differences)).pvalue)
     rng, batch = np.random.default_rng(seed), max(1, _CELLS // len(differences))
     arguments = {"n_resamples": num_samples, "batch": batch, "rng": rng, "vectorized": True}

@@ -93,7 +93,7 @@ def read_contests(
     asked = _read(Path(path), rules_for(root, splitter=splitter, images_needed=need_images))
     if not asked:
         raise InputError(f"{path}: no rows; give a JSON list of rows, or JSONL")
-    return _numbered(_settled(lambda question, given: _contest(question, given, judge), asked))
+    return _numbered(settled(lambda question, given: _contest(question, given, judge), asked))
 
 
 def noisy_contests(questions: Sequence[noisy_steps.Question]) -> list[Contest]:
@@ -160,21 +160,19 @@ def _read(path: Path, rules: Rules) -> list[tuple[Question, Sequence[Response]]]
 def _read_prepared(path: Path, rules: Rules) -> list[tuple[Question, Sequence[Response]]]:
     if holds_questions(path):
         questions = PreparedQuestions(path)
-        return _settled(
-            lambda row: forms.split_candidates(questions[row], rules), ((n,) for n in range(len(questions)))
-        )
+        return settled(lambda row: forms.split_candidates(questions[row], rules), ((n,) for n in range(len(questions))))
     chains = PreparedExamples(path)
-    return _group(_settled(lambda row: forms.split_chain(chains[row]), ((n,) for n in range(len(chains)))))
+    return _group(settled(lambda row: forms.split_chain(chains[row]), ((n,) for n in range(len(chains)))))
 
 
 def _parsed_file(
     parse: Callable[[Any, int, str, Rules], _Parsed], name: str, file: Path, rules: Rules
 ) -> list[_Parsed]:
-    return _settled(lambda *row: parse(*row, rules), raw.file_rows(name, file))
+    return settled(lambda *row: parse(*row, rules), raw.file_rows(name, file))
 
 
-def _settled(parse: Callable[..., _Parsed], rows: Iterable[tuple]) -> list[_Parsed]:
-    """What each row is parsed to.
+def settled(parse: Callable[..., _Parsed], rows: Iterable[tuple]) -> list[_Parsed]:
+    """What each row, given as the arguments of `parse`, is parsed to.
 
     Raises:
       InputError: the first bad row's, with the number of others.
