@@ -255,11 +255,11 @@ def _scorer(
 
 
 def read_scores(path: Path, chains: Sequence[Example], step_score: str) -> Scores:
-    """Scores of chains from JSON lines in their order, such as `task=score` and `task=evaluate` write.
+    """Scores of chains from JSON lines, such as `task=score` and `task=evaluate` write.
 
     Args:
       path: lines with "step_scores", P("+") of each step, or for `two_token` "step_scores_two_token"; "num_tokens"
-        where it is known.
+        where it is known, and "row", `Example.row`; without it they are in the order of the rows.
       chains: whose they are.
       step_score: "full" or "two_token".
 
@@ -267,14 +267,28 @@ def read_scores(path: Path, chains: Sequence[Example], step_score: str) -> Score
       InputError: not a line for each chain, or scores that are no probabilities, one for each of its steps.
     """
     field = STEP_SCORE_FIELDS[step_score]
-    rows = list(raw.file_rows(path.name, path))
-    if len(rows) != len(chains):
-        raise InputError(
-            f"{path}: has {len(rows)} lines for {len(chains)} chains; it must have one each, in their order"
-        )
-    steps = [_step_scores(row, field, example, place) for (row, _, place), example in zip(rows, chains, strict=True)]
-    num_tokens = [_num_tokens(row, place) for row, _, place in rows]
+    lines = _by_row(path, chains)
+    steps = [_step_scores(*lines[example.row], field, example) for example in chains]
+    num_tokens = [_num_tokens(*lines[example.row]) for example in chains]
     return Scores(steps, None if None in num_tokens else num_tokens)
+
+
+def _by_row(path: Path, chains: Sequence[Example]) -> dict[int, tuple[Any, str]]:
+    """Each chain's line and its place, by `Example.row`."""
+    lines = [(row, place) for row, _, place in raw.file_rows(path.name, path)]
+    if len(lines) != len(chains):
+        raise InputError(f"{path}: has {len(lines)} lines for {len(chains)} chains; it must have one each")
+    wanted = {example.row for example in chains}
+    found: dict[int, tuple[Any, str]] = {}
+    for row, (line, place) in zip(sorted(wanted), lines, strict=True):
+        own = line.get("row", row) if isinstance(line, dict) else row
+        if type(own) is not int or own in found:
+            raise InputError(f'{place}: "row" is {shown(own)}; it must be the chain\'s number, each once, or left out')
+        found[own] = line, place
+    for row, (_, place) in found.items():
+        if row not in wanted:
+            raise InputError(f'{place}: "row" is {row}, but no chain has that number; score the same file')
+    return found
 
 
 def _num_tokens(row: dict, place: str) -> int | None:
@@ -284,7 +298,7 @@ def _num_tokens(row: dict, place: str) -> int | None:
     return value
 
 
-def _step_scores(row: Any, field: str, example: Example, place: str) -> np.ndarray:
+def _step_scores(row: Any, place: str, field: str, example: Example) -> np.ndarray:
     if isinstance(row, InputError):
         raise row
     values = row.get(field) if isinstance(row, dict) else None

@@ -203,7 +203,7 @@ def score_line(dataset: Dataset, row: int, scores: ChainScores) -> dict[str, Any
     """One line of the output file (README, Formats)."""
     example = dataset.examples[row]
     line = {
-        "row": row,
+        "row": example.row,
         "id": example.id,
         "num_tiles": dataset.num_tiles[row],
         "num_tokens": dataset.num_tokens[row],

@@ -403,7 +403,7 @@ COUNTS = [1, 3, 1, 2, 1, 1, 2, 1, 1]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines[:-1], "s.jsonl: has 8 lines for 9 chains; it must have one each, in their order"),
+        (lambda lines: lines[:-1], "s.jsonl: has 8 lines for 9 chains; it must have one each"),
         (
             lambda lines: [*lines[:2], *score_lines([2]), *lines[3:]],
             's.jsonl row 2: "step_scores_two_token" must be a list of 1 probabilities, one for each step of '
