@@ -8,83 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-import tokenizers
-from PIL import Image
+from evaluating import (
+    CANDIDATES,
+    CHAINS,
+    ROOT,
+    SPLITS,
+    best_of_n,  # noqa: F401 - a fixture
+    checkpoint,  # noqa: F401 - a fixture
+    config,
+    no_scoring,
+    read_lines,
+    refused,
+    results_of,
+    score_lines,
+    write_candidates,
+    write_chains,
+    write_lines,
+)
 from sklearn.metrics import f1_score
 
-from configs import evaluate as evaluate_config
 from configs import prepare as prepare_config
-from dreamprm_jax import evaluate, scoring
+from dreamprm_jax import evaluate
 from dreamprm_jax.data import noisy_steps
-from dreamprm_jax.data.formats.prompts import (
-    DREAMPRM_CHOICES,
-    DREAMPRM_SYSTEM,
-    VISUALPRM_FIRST_STEP,
-    VISUALPRM_SYSTEM,
-)
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.evaluate import run_evaluation
-from dreamprm_jax.models import convert, internvl, presets
 from dreamprm_jax.prepare import run_prepare
-
-ROOT = Path(__file__).parent.parent
-WORDS = "Which is it? It look Look. think Think. Answer: A B C (A) (B) red green blue so So"
-SPLITS = noisy_steps.Sizes(
-    pretrain=1, cold_start=1, clean=1, flipped=0, always_plus=0, trivial=0, shifted=0, test_questions=12
-)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    """An untrained model; its tokenizer has the embedded benchmark's words, those of the prompts, and WORDS."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = noisy_steps.tokenizer()
-    texts = (DREAMPRM_SYSTEM, VISUALPRM_SYSTEM, VISUALPRM_FIRST_STEP, DREAMPRM_CHOICES, "Question:", WORDS)
-    known = tokenizer.get_vocab()
-    words = dict.fromkeys(word for text in texts for word in text.split() if word not in known)
-    vocab = {**known, **{word: len(known) + number for number, word in enumerate(words)}}
-    tokenizer.model = tokenizers.models.WordLevel(vocab, unk_token="<unknown>")
-    config = presets.tiny(tokenizer.get_vocab_size())
-    convert.save_checkpoint(config, internvl.init(config, jax.random.key(0, impl="rbg")), folder, "original")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return str(folder)
-
-
-def config(argument="", **fields):
-    """Few sub-samples, no pictures unless asked for; `candidates__path` sets candidates.path."""
-    cfg = evaluate_config.get_config(argument)
-    cfg.evaluate.num_samples, cfg.evaluate.threshold = 5, 0.5
-    cfg.noisy_steps.update(SPLITS._asdict())
-    cfg.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-    return cfg
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def results_of(workdir):
-    return json.loads((workdir / "results.json").read_text())
-
-
-def refused(workdir, **fields):
-    with pytest.raises(InputError) as error:
-        run_evaluation(config(**fields), workdir)
-    assert not (workdir / "results.json").exists()
-    return str(error.value)
-
-
-def no_scoring(monkeypatch):
-    monkeypatch.setattr(scoring, "score_windows", lambda *a, **k: pytest.fail("scored for nothing"))
-
 
 # --- The embedded benchmark.
 
@@ -186,9 +136,11 @@ def test_another_config_is_refused(copied):
         assert left == (workdir / "results.json").exists()
 
 
-def test_its_scores_can_be_given_in_place_of_the_model(embedded, tmp_path):
-    workdir, _, _ = embedded
-    given = config(candidates__scores=str(workdir / "scores.jsonl"), evaluate__threshold=None, evaluate__held_out=0.4)
+def test_its_scores_can_be_given_in_place_of_the_model(embedded, tmp_path, monkeypatch):
+    workdir, _, cfg = embedded
+    given = copy.deepcopy(cfg)
+    given.candidates.scores = str(workdir / "scores.jsonl")
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("loaded for nothing"))
     run_evaluation(given, tmp_path)
     assert results_of(tmp_path) == results_of(workdir)
     assert not (tmp_path / "scores.jsonl").exists()
@@ -196,33 +148,14 @@ def test_its_scores_can_be_given_in_place_of_the_model(embedded, tmp_path):
 
 def test_a_benchmark_too_small_for_a_threshold_is_said_before_scoring(checkpoint, tmp_path, monkeypatch):
     no_scoring(monkeypatch)
+    monkeypatch.setattr(evaluate, "write_scores", lambda *a: pytest.fail("scored for nothing"))
     few = {"model__checkpoint": checkpoint, "evaluate__threshold": None, "noisy_steps__test_questions": 1}
-    assert "give another share, or a threshold" in refused(tmp_path / "work", **few)
-    assert not (tmp_path / "work").exists()
+    for fields in (few, {**few, "benchmark__path": write_chains(tmp_path)}):
+        assert "give another share, or a threshold" in refused(tmp_path / "work", **fields)
+        assert not (tmp_path / "work").exists()
 
 
 # --- A best-of-N file with images.
-
-STEPS = ("Look. It is red", "Think. So blue", "so green")
-CANDIDATES = [
-    {"id": "x", "image_path": "a.png", "true_false": [True, False, False, True], "answers": ["1", "2", "2", None],
-     "candidates": [STEPS[0], "\n\n".join(STEPS), STEPS[1], "\n\n".join(STEPS[:2])]},
-    {"id": "y", "image_path": "b.png", "true_false": [False, True], "answers": ["1", "2"], "candidates": STEPS[1:]},
-    {"id": "z", "image_path": None, "true_false": [True, True, False], "answers": ["3", "3", "4"],
-     "candidates": ["\n\n".join(STEPS[1:]), STEPS[0], STEPS[1]]},
-]  # fmt: skip
-
-
-@pytest.fixture
-def best_of_n(tmp_path):
-    """Questions of 2 to 4 candidates, two pictures, one question without."""
-    return write_candidates(tmp_path, CANDIDATES)
-
-
-def write_candidates(folder, rows):
-    for name, size in (("a.png", (28, 28)), ("b.png", (56, 28))):
-        Image.new("RGB", size, (9, 99, 199)).save(folder / name)
-    return write_lines(folder / "candidates.jsonl", [{"question": "Which is it?", **row} for row in rows])
 
 
 def test_a_best_of_n_file_with_a_model_and_with_its_scores(best_of_n, checkpoint, tmp_path):
@@ -246,10 +179,6 @@ def test_a_best_of_n_file_with_a_model_and_with_its_scores(best_of_n, checkpoint
     alone = run_evaluation(config(candidates__path=best_of_n), tmp_path / "alone")
     assert set(alone["best_of_n"]) == {"pass_at_1", "majority", "oracle"}
     assert alone["best_of_n"].items() <= summary["best_of_n"].items()
-
-
-def score_lines(counts, value=0.5, **fields):
-    return [{"step_scores": [value] * count, "step_scores_two_token": [value] * count, **fields} for count in counts]
 
 
 def test_the_published_recipe_takes_the_last_of_equals_and_the_published_splitter(tmp_path):
@@ -276,23 +205,6 @@ def test_the_published_recipe_takes_the_last_of_equals_and_the_published_splitte
 
 
 # --- Step benchmarks.
-
-CHAINS = [
-    ("Which is it?", ["Look. red", "so blue"], [1, -1], "MMMU", "a.png"),
-    ("Which is it?", ["Look. red", "so green"], [1, 1], "MMMU", "a.png"),
-    ("Which is it? blue", ["Think.", "so", "so red"], [-1, 0, -1], "MathVision", "b.png"),
-    ("Which is it? green", ["Think.", "So"], [1, 1], "MathVision", "b.png"),
-]
-
-
-def write_chains(folder):
-    rows = [
-        {"image": [image], "question": question,
-         "response": {"steps": steps, "process_correctness": marks}, "data_source": source}
-        for question, steps, marks, source, image in CHAINS
-    ]  # fmt: skip
-    write_candidates(folder, [])
-    return write_lines(folder / "chains.jsonl", rows)
 
 
 def test_raw_rows_and_a_prepared_set_give_the_same(checkpoint, tmp_path):
@@ -321,6 +233,18 @@ def test_raw_rows_and_a_prepared_set_give_the_same(checkpoint, tmp_path):
     given = config(benchmark__path=raw, benchmark__scores=str(tmp_path / "raw" / "step_scores.jsonl"))
     run_evaluation(given, tmp_path / "without")
     assert results_of(tmp_path / "without") == found
+
+
+def test_chains_of_several_files_are_numbered_through(tmp_path):
+    path = Path(write_chains(tmp_path))
+    (tmp_path / "split").mkdir()
+    for name in ("first.jsonl", "second.jsonl"):
+        shutil.copy(path, tmp_path / "split" / name)
+    cfg = config(benchmark__path=str(tmp_path / "split"), benchmark__images=str(tmp_path))
+    judged = evaluate.read_judged_of(cfg)
+    assert [chain.row for chain in judged.chains] == list(range(8))
+    assert judged.chains[4].place == "second.jsonl row 0"
+    assert judged.keys[:4] == judged.keys[4:]
 
 
 def test_candidates_and_a_benchmark_in_one_run(best_of_n, checkpoint, tmp_path):
@@ -367,106 +291,6 @@ def test_the_published_meta_set(shared, tmp_path):
     assert summary["best_of_n"]["oracle"] == pytest.approx(281 / 414)
     assert summary["num_disagreements"] == 0 and not (tmp_path / "disagreements.jsonl").exists()
     assert 'class="browser"' not in (tmp_path / "report.html").read_text()
-
-
-# --- What cannot be used.
-
-
-def test_a_benchmark_needs_a_model_or_scores(tmp_path):
-    message = refused(tmp_path / "work", benchmark__path=write_chains(tmp_path))
-    assert message.startswith("--config.benchmark.path=") and "needs a --config.model.checkpoint" in message
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"benchmark__scores": "s.jsonl"}, "--config.benchmark.scores=s.jsonl: belongs to --config.benchmark.path"),
-        ({"benchmark__images": "d"}, "--config.benchmark.images=d: belongs to --config.benchmark.path"),
-        ({"candidates__images": "d"}, "--config.candidates.images=d: belongs to --config.candidates.path"),
-        (
-            {"benchmark__path": "b.jsonl", "candidates__scores": "s"},
-            "--config.candidates.scores=s: belongs to --config.candidates.path, which is not given",
-        ),
-        ({"candidates__scores": "gone.jsonl"}, "--config.candidates.scores=gone.jsonl: no such file"),
-        ({"candidates__path": "gone"}, "gone: no such file or directory; give raw files"),
-        ({"benchmark__path": "gone.jsonl", "model__checkpoint": "x"}, "gone.jsonl: no such file or directory"),
-    ],
-)
-def test_what_is_not_there_is_said(tmp_path, fields, message):
-    assert message in refused(tmp_path / "work", **fields)
-    assert not (tmp_path / "work").exists()
-
-
-COUNTS = [1, 3, 1, 2, 1, 1, 2, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda lines: lines[:-1], "s.jsonl: has 8 lines for 9 chains; it must have one each"),
-        (
-            lambda lines: [*lines[:2], *score_lines([2]), *lines[3:]],
-            's.jsonl row 2: "step_scores_two_token" must be a list of 1 probabilities, one for each step of '
-            "candidates.jsonl row 0 candidate 2",
-        ),
-        (lambda lines: [*lines[:8], *score_lines([1], 1.5)], "s.jsonl row 8: "),
-        (lambda lines: [*lines[:8], *score_lines([1], float("nan"))], "s.jsonl row 8: "),
-        (lambda lines: [*lines[:8], *score_lines([1], "0.5")], "s.jsonl row 8: "),
-        (lambda lines: [*lines[:8], *score_lines([1], True)], "s.jsonl row 8: "),
-        (lambda lines: [*lines[:8], 5], "s.jsonl row 8: "),
-        (
-            lambda lines: [{"step_scores": line["step_scores"]} for line in lines],
-            's.jsonl row 0: "step_scores_two_token" is missing; --config.evaluate.step_score=full takes "step_scores"',
-        ),
-        (lambda lines: [*lines[:8], *score_lines([1], num_tokens="9")], 's.jsonl row 8: "num_tokens" is "9"; it must'),
-    ],
-)
-def test_scores_that_do_not_fit(best_of_n, tmp_path, change, message):
-    scores = write_lines(tmp_path / "s.jsonl", change(score_lines(COUNTS, num_tokens=9)))
-    assert message in refused(tmp_path / "work", candidates__path=best_of_n, candidates__scores=scores)
-    assert not (tmp_path / "work").exists()
-
-
-def test_scores_that_are_no_json(best_of_n, tmp_path):
-    path = write_lines(tmp_path / "s.jsonl", score_lines(COUNTS[:-1]))
-    with open(path, "a") as file:
-        file.write("{broken\n")
-    assert "s.jsonl row 8: " in refused(tmp_path / "work", candidates__path=best_of_n, candidates__scores=path)
-
-
-def test_candidates_that_nothing_judges(tmp_path):
-    rows = [{name: value for name, value in CANDIDATES[2].items() if name != "true_false"}]
-    path = write_candidates(tmp_path, rows)
-    message = refused(tmp_path / "work", candidates__path=path)
-    assert (
-        'candidates.jsonl row 0 candidate 0: "true_false" is missing, and there is no "answer" to judge by' in message
-    )
-    assert "(and" not in message  # one row
-
-
-def test_a_prepared_set_without_the_truth_of_its_steps(best_of_n, checkpoint, tmp_path):
-    rows = [{"id": -1, "image": "a.png", "question": "Which is it?", "dataset": "d",
-             "steps_with_score": [{"step": "so", "score": 1.0}]}]  # fmt: skip
-    prepare = prepare_config.get_config("visualprm400k")
-    prepare.prepare.source, prepare.prepare.images = write_lines(tmp_path / "r.jsonl", rows), str(tmp_path)
-    prepare.prepare.output, prepare.prepare.processes = str(tmp_path / "data"), 1
-    prepared = run_prepare(prepare, tmp_path / "prepare")["directory"]
-    message = refused(tmp_path / "work", benchmark__path=prepared, model__checkpoint=checkpoint)
-    assert "has no truth of its steps; prepare the set with :visualprocessbench" in message
-
-
-def test_a_chain_that_is_too_long_is_counted_as_unscored(checkpoint, tmp_path):
-    rows = [*CANDIDATES[:2], {**CANDIDATES[2], "candidates": ["so " * 1100, *CANDIDATES[2]["candidates"][1:]]}]
-    fields = {"candidates__path": write_candidates(tmp_path, rows), "model__checkpoint": checkpoint}
-    message = refused(tmp_path / "work", **fields)
-    assert "candidates.jsonl row 2 candidate 0" in message
-    cfg = config(**fields, data__on_error="skip", data__max_bad_share=0.2)
-    run_evaluation(cfg, tmp_path / "work")
-    found = results_of(tmp_path / "work")["selection"]
-    assert found["num_unscored"] == 1 and found["num_responses"] == 9
-    assert len(read_lines(tmp_path / "work" / "scores.jsonl")) == 8
-    for name in ("results.md", "report.html"):
-        assert "1 response could not be scored: the steps count as scored 0" in (tmp_path / "work" / name).read_text()
 
 
 # --- The command line.

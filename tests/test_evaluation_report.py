@@ -25,9 +25,10 @@ SIZES = noisy_steps.Sizes(
 
 
 def random_scores(contests):
+    """To one decimal, so that there are ties."""
     rng = np.random.default_rng(0)
     chains = [candidate.example for contest in contests for candidate in contest.candidates]
-    return Scores([rng.random(chain.num_steps) for chain in chains], [chain.num_steps + 5 for chain in chains])
+    return Scores([rng.random(chain.num_steps).round(1) for chain in chains], [chain.num_steps + 5 for chain in chains])
 
 
 def found_in(contests, scores, settings=SETTINGS):
@@ -113,6 +114,7 @@ def test_best_of_n_and_aggregations_are_those_of_the_results(found, files):
         numbers = [float(number) for number in re.findall(r"[\d.]+", rows[title])]
         assert numbers == [round(100 * results["accuracy"][rule][name], 2) for name in ("mean", "low", "high")]
     rows = {row[0]: row[1:] for row in tables["PRM by aggregation of its step scores"][1:]}
+    assert any(ties["first"] != ties["expected"] for ties in results["ties"].values())
     assert set(rows) == set(results["gains"])
     for name, (accuracy, over_random, over_majority, vote, ties, equals) in rows.items():
         assert float(accuracy.split()[0]) == round(100 * results["accuracy"][f"prm/{name}"]["mean"], 2)
