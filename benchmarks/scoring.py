@@ -68,7 +68,7 @@ def candidate_rows(config: presets.InternVLConfig, num_tiles: int, count: int) -
 def shared(config: presets.InternVLConfig, params: Any, tiles: np.ndarray, rows: list[Encoded]) -> Callable[[], Any]:
     """Scores [C], the prefix run once, parts of up to `PART_CHAINS` chains after it."""
     differ = [row.tokens[: len(rows[0].tokens)] != rows[0].tokens[: len(row.tokens)] for row in rows[1:]]
-    count = min(int(np.argmax(each)) for each in differ)
+    count = min((int(np.argmax(each)) for each in differ), default=int(rows[0].step_positions[0]))
     prefix = jax.device_put(
         Prefix(
             rows[0].tokens[None, :count],

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dreamprm_jax import scoring
+from dreamprm_jax import losses, scoring
 from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import sharing
 from dreamprm_jax.data.conversation import IMAGE_MARKER
@@ -59,7 +60,11 @@ Picture = str | Path | bytes | Image.Image
 
 
 class State(NamedTuple):
-    """A question and the steps taken so far; it is never changed, so any number of branches may begin at it."""
+    """A question and the steps taken so far; it is never changed, so any number of branches may begin at it.
+
+    It goes on with the PRM that made it, and holds the keys and values of all its tokens: for 2,500 tokens of
+    InternVL3-1B 60 MiB in float32, half of it in bfloat16. A search does well to drop the states it has left behind.
+    """
 
     example: Example
     tokens: np.ndarray  # int32 [T]: those that were run; the label of the last step is not yet
@@ -106,6 +111,9 @@ def load(
     Raises:
       InputError: names what is missing or does not fit.
     """
+    _check_settings(aggregate, batch_size, max_tiles, question_form)
+    if system is not None:
+        check_turn_text(system, "prm.load", "system")
     settings = SimpleNamespace(
         checkpoint=None if checkpoint is None else str(checkpoint),
         tokenizer=tokenizer,
@@ -143,7 +151,8 @@ class PRM:
         """
         if not chains:
             return []
-        examples = [self._example(n, *chain) for n, chain in enumerate(chains)]
+        sources: dict[int, tuple[Picture, ImageSource]] = {}
+        examples = [self._example(n, *chain, sources) for n, chain in enumerate(chains)]
         for example in examples:
             if not example.num_steps:
                 raise InputError(f"{example.place}: has no steps; give one at least")
@@ -159,7 +168,7 @@ class PRM:
         Raises:
           InputError: an image or text that cannot be used.
         """
-        example = self._example(0, question, images, ())
+        example = self._example(0, question, images, (), {})
         encoded = self._encode(example)
         tiles, count = read_tiles(example, self.images), len(encoded.tokens)
         prefix = Prefix(
@@ -176,21 +185,29 @@ class PRM:
         return self.extend_many([(state, step)])[0]
 
     def extend_many(self, branches: Sequence[tuple[State, str]]) -> list[State]:
-        """The states after one more step each, in one pass; steps of one state share its past.
+        """The states after one more step each, `batch_size` of them in one pass; steps of one state share its past.
 
         Raises:
           InputError: a step that cannot be used.
         """
-        if not branches:
-            return []
         longer = [_longer(state.example, step) for state, step in branches]
-        encoded = [self._next_tokens(state, new) for (state, _), new in zip(branches, longer, strict=True)]
-        rows: dict[int, list[int]] = {}  # the branches of each state
-        for number, (state, _) in enumerate(branches):
-            rows.setdefault(id(state), []).append(number)
-        members = list(rows.values())
-        states = [branches[numbers[0]][0] for numbers in members]
-        chains = [[(encoded[n], len(state.tokens)) for n in own] for state, own in zip(states, members, strict=True)]
+        steps = [
+            _Step(state, new, self._next_tokens(state, new)) for (state, _), new in zip(branches, longer, strict=True)
+        ]
+        order = list(itertools.chain(*_by_state(steps)))
+        extended: dict[int, State] = {}
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            extended |= zip(numbers, self._run([steps[number] for number in numbers]), strict=True)
+        return [extended[number] for number in range(len(steps))]
+
+    def _run(self, steps: Sequence[_Step]) -> list[State]:
+        """The states after these steps, in one pass."""
+        members = _by_state(steps)
+        states = [steps[own[0]].state for own in members]
+        chains = [
+            [(steps[n].encoded, len(state.tokens)) for n in own] for state, own in zip(states, members, strict=True)
+        ]
         lengths = [sum(len(chain.tokens) - start for chain, start in row) for row in chains]
         size = _power_of_two(len(chains))
         part = sharing.pack(
@@ -204,14 +221,15 @@ class PRM:
         ids = self.model.tokenizer.plus_id, self.model.tokenizer.minus_id
         full, two_token, keys_values = scoring.go_on(self.model.config, *ids, self.model.params, past, part)
         full, two_token = jax.device_get((full, two_token))
-        extended: list[State | None] = [None] * len(branches)
+        extended: list[State | None] = [None] * len(steps)
         for row, (state, own) in enumerate(zip(states, members, strict=True)):
             start = 0
             for place, number in enumerate(own):
-                count = len(encoded[number].tokens) - len(state.tokens)
+                _, example, encoded = steps[number]
+                count = len(encoded.tokens) - len(state.tokens)
                 extended[number] = State(
-                    example=longer[number],
-                    tokens=encoded[number].tokens,
+                    example=example,
+                    tokens=encoded.tokens,
                     past=_appended(state.past, len(state.tokens), keys_values, row, start, count),
                     step_scores=(*state.step_scores, float(full[row, place])),
                     step_scores_two_token=(*state.step_scores_two_token, float(two_token[row, place])),
@@ -219,14 +237,26 @@ class PRM:
                 start += count
         return extended
 
-    def _example(self, number: int, question: str, images: Sequence[Picture], steps: Sequence[str]) -> Example:
+    def _example(
+        self,
+        number: int,
+        question: str,
+        images: Sequence[Picture],
+        steps: Sequence[str],
+        sources: dict[int, tuple[Picture, ImageSource]],
+    ) -> Example:
+        """A chain; `sources` are the pictures so far, by their id: one that many chains show is taken once."""
         place = f"chain {number}"
         turns = [] if self.system is None else [Turn(SYSTEM, self.system)]
         turns.append(Turn(HUMAN, self.question_form.format(question=check_turn_text(question, place, "question"))))
-        sources = tuple(_source(image) for image in images)
-        for source in sources:
-            open_image(source, place)
-        example = Example(number, number, tuple(turns), sources, place=place)
+        shown = []
+        for image in images:
+            if id(image) not in sources:
+                source = _source(image)
+                open_image(source, place)
+                sources[id(image)] = image, source  # the picture too, so that no other gets its id
+            shown.append(sources[id(image)][1])
+        example = Example(number, number, tuple(turns), tuple(shown), place=place)
         for step in steps:
             example = _longer(example, step)
         return example
@@ -255,10 +285,31 @@ class PRM:
         )
 
 
+def _check_settings(aggregate: str, batch_size: int, max_tiles: int, question_form: str) -> None:
+    """What would fail, or be passed over, only once chains are scored.
+
+    Raises:
+      InputError: a value out of range.
+    """
+    if aggregate not in losses.AGGREGATIONS:
+        raise InputError(f"aggregate={aggregate!r}: must be one of {', '.join(losses.AGGREGATIONS)}")
+    for name, value in (("batch_size", batch_size), ("max_tiles", max_tiles)):
+        if value < 1:
+            raise InputError(f"{name}={value}: must be at least 1")
+    try:
+        asked = question_form.format(question="\0")
+    except (LookupError, ValueError) as error:
+        raise InputError(
+            f"question_form={question_form!r}: {{question}} must be its one field; write other braces twice"
+        ) from error
+    if "\0" not in asked:
+        raise InputError(f"question_form={question_form!r}: lacks {{question}}")
+
+
 def _source(image: Picture) -> ImageSource:
     if isinstance(image, Image.Image):
         file = io.BytesIO()
-        image.convert("RGB").save(file, "PNG")
+        image.convert("RGB").save(file, "PPM")  # as it is: to pack a photograph as PNG takes half a second
         return file.getvalue()
     return Path(image) if isinstance(image, str) else image
 
@@ -268,6 +319,22 @@ def _longer(example: Example, step: str) -> Example:
     if IMAGE_MARKER in text:
         raise field_error(example.place, "step", f"holds {IMAGE_MARKER}; images belong to the question")
     return example._replace(turns=(*example.turns, Turn(HUMAN, text), Turn(GPT, PLUS)))
+
+
+class _Step(NamedTuple):
+    """A step that is to be run."""
+
+    state: State  # before it
+    example: Example  # with it
+    encoded: Encoded  # of `example`, up to the position that the step is scored at
+
+
+def _by_state(steps: Sequence[_Step]) -> list[list[int]]:
+    """The numbers of the steps of each state, states in the order that they come in."""
+    found: dict[int, list[int]] = {}
+    for number, step in enumerate(steps):
+        found.setdefault(id(step.state), []).append(number)
+    return list(found.values())
 
 
 def _power_of_two(count: int) -> int:

@@ -1,5 +1,6 @@
 """The Python interface: chains, step-wise search with branches, and what it refuses."""
 
+import dataclasses
 import doctest
 import io
 
@@ -52,9 +53,16 @@ def test_branches_of_several_questions_in_one_pass(scorer, monkeypatch):
     deeper = scorer.extend(one, "4>2")
     calls = []
     go_on = scoring.go_on
-    monkeypatch.setattr(scoring, "go_on", lambda *arguments: calls.append(1) or go_on(*arguments))
-    found = scorer.extend_many([(one, "4>3"), (two, "1>2"), (deeper, "2>1"), (one, "4>1"), (two, "1>3")])
-    assert len(calls) == 1
+    monkeypatch.setattr(scoring, "go_on", lambda *arguments: calls.append(arguments[-1]) or go_on(*arguments))
+    branches = [(one, "4>3"), (two, "1>2"), (deeper, "2>1"), (one, "4>1"), (two, "1>3")]
+    found = dataclasses.replace(scorer, batch_size=5).extend_many(branches)
+    assert [len(part.tokens) for part in calls] == [4]  # three states, to a power of two
+    # `batch_size` at a time, those of a state together.
+    in_two = scorer.extend_many(branches)
+    assert [part.chain.max(axis=1).tolist() for part in calls[1:]] == [[1, 1], [0]]
+    for state, other in zip(found, in_two, strict=True):
+        assert state.example == other.example
+        np.testing.assert_allclose(state.step_scores, other.step_scores, rtol=1e-5)
     chains = [
         ("dice:4", [PICTURE], ["4>3"]),
         ("bars:1", [OTHER], ["1>2"]),
@@ -77,6 +85,37 @@ def test_pictures_of_any_kind(scorer, tmp_path):
     scores = [scorer.score("dice:4", [kind], ["4>3"]).response for kind in kinds]
     assert scores == [scores[0]] * 4
     assert scorer.score("dice:4", [OTHER], ["4>3"]).response != scores[0]
+
+
+def test_a_picture_of_many_chains_is_taken_once(scorer, monkeypatch):
+    taken = []
+    source = prm._source
+    monkeypatch.setattr(prm, "_source", lambda image: taken.append(1) or source(image))
+    decoded, other = Image.open(io.BytesIO(PICTURE)), Image.open(io.BytesIO(OTHER))
+    chains = [("dice:4", [picture], ["4>3"]) for picture in (decoded, decoded, other, decoded)]
+    first, second, third, fourth = (scores.response for scores in scorer.score_many(chains))
+    assert len(taken) == 2
+    assert first == pytest.approx(second) == pytest.approx(fourth) != pytest.approx(third)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"aggregate": "median"}, "aggregate='median': must be one of mean, min"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"max_tiles": 0}, "max_tiles=0: must be at least 1"),
+        ({"question_form": "### Question:"}, "lacks {question}"),
+        ({"question_form": "{query}"}, "{question} must be its one field"),
+        ({"question_form": "{question} {}"}, "{question} must be its one field"),
+        ({"question_form": "{question} {"}, "{question} must be its one field"),
+        ({"system": "Judge.<|im_end|>"}, 'prm.load: "system" holds the control token <|im_end|>'),
+    ],
+)
+def test_wrong_settings_are_named_before_a_model_is_loaded(monkeypatch, settings, message):
+    monkeypatch.setattr(prm, "load_model", lambda *arguments, **options: pytest.fail("loaded for nothing"))
+    with pytest.raises(InputError) as error:
+        prm.load(None, **settings)
+    assert message in str(error.value)
 
 
 def test_mistakes_are_named(scorer):

@@ -11,7 +11,7 @@ SYSTEM, HUMAN, GPT = "system", "human", "gpt"
 PLUS, MINUS = "+", "-"
 
 ImageSource = Path | bytes
-"""An image file, or the bytes of one (PNG or JPEG)."""
+"""An image file, or the bytes of one."""
 
 
 class Turn(NamedTuple):

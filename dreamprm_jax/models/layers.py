@@ -107,9 +107,9 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=config.attention)
     if config.attention == "cudnn":
         num_rows, num_tokens = q.shape[:2]
-        seen = jnp.full((num_rows,), num_tokens - num_filler, jnp.int32) if num_filler else None
+        lengths = jnp.full((num_rows,), num_tokens - num_filler, jnp.int32) if num_filler else None
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, key_value_seq_lengths=seen, implementation="cudnn"
+            q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
         )
     if jax.default_backend() == "cpu":
         return attend_in_blocks(q, k, v, causal or seen is not None, seen)
