@@ -62,7 +62,7 @@ Picture = str | Path | bytes | Image.Image
 class State(NamedTuple):
     """A question and the steps taken so far; it is never changed, so any number of branches may begin at it.
 
-    It goes on with the PRM that made it, and holds the keys and values of all its tokens: for 2,500 tokens of
+    It goes on with the model that made it alone, and holds the keys and values of all its tokens: for 2,500 tokens of
     InternVL3-1B 60 MiB in float32, half of it in bfloat16. A search does well to drop the states it has left behind.
     """
 
@@ -71,6 +71,7 @@ class State(NamedTuple):
     past: Past  # of those tokens, B = 1
     step_scores: tuple[float, ...]  # P("+") over the full vocabulary, of each step
     step_scores_two_token: tuple[float, ...]  # P("+") over {"+", "-"}
+    model: Model  # whose weights made it
 
     @property
     def score(self) -> float:
@@ -178,7 +179,7 @@ class PRM:
             length=np.array([count], np.int32),
         )
         past = scoring.begin(self.model.config, self.model.params, prefix)
-        return State(example, encoded.tokens, past._replace(features=past.features[:, :0]), (), ())
+        return State(example, encoded.tokens, past._replace(features=past.features[:, :0]), (), (), self.model)
 
     def extend(self, state: State, step: str) -> State:
         """The state after one more step, with its `score`; errors as those of `extend_many`."""
@@ -189,7 +190,10 @@ class PRM:
 
         Raises:
           InputError: a step that cannot be used.
+          ValueError: a state of another model, whose past would be read with other weights.
         """
+        if any(state.model is not self.model for state, _ in branches):
+            raise ValueError("a state goes on with the model that made it: start the question with this one")
         longer = [_longer(state.example, step) for state, step in branches]
         steps = [
             _Step(state, new, self._next_tokens(state, new)) for (state, _), new in zip(branches, longer, strict=True)
@@ -233,6 +237,7 @@ class PRM:
                     past=_appended(state.past, len(state.tokens), keys_values, row, start, count),
                     step_scores=(*state.step_scores, float(full[row, place])),
                     step_scores_two_token=(*state.step_scores_two_token, float(two_token[row, place])),
+                    model=self.model,
                 )
                 start += count
         return extended

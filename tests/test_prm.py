@@ -130,6 +130,12 @@ def test_mistakes_are_named(scorer):
     assert scorer.score_many([]) == [] and scorer.extend_many([]) == []
 
 
+def test_a_state_of_another_model_is_refused(scorer):
+    other = prm.load(None, system=None, question_form="{question}")
+    with pytest.raises(ValueError, match="the model that made it"):
+        other.extend(scorer.start("dice:4", [PICTURE]), "4>3")
+
+
 def test_system_and_form_are_in_the_text(scorer):
     other = prm.load(None, system="dice:4", question_form="bars:1 {question}")
     example = other.start("dice:4", [PICTURE]).example
