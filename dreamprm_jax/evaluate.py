@@ -114,6 +114,9 @@ def evaluated(
     if judged is not None and step_scores is not None:
         chosen, steps = evaluation.choose_threshold(evaluation.judged_steps(judged, step_scores), settings)
         figures = evaluation.step_results(steps, chosen["threshold"])
+        if chosen["chosen_on"] is not None:
+            missing = sum(not evaluation.has_pictures(chain) for chain in judged.chains)
+            chosen["chosen_on"]["num_without_pictures"] = missing
         results["steps"] = {**chosen, **figures, "num_unscored": len(step_scores.unscored)}
     return Evaluated(settings, contests, scores, ballot, steps, evaluation.finite(to_json(results)))
 
@@ -244,7 +247,7 @@ def _scorer(
     dataset, output = build.encoder(cfg, model)(list(chains)), workdir / SCORES_FILES[name]
 
     def score() -> Scores:
-        write_scores(cfg, model, dataset, output)
+        write_scores(cfg, model, dataset, output, step_score=cfg.evaluate.step_score)
         found = read_scores(output, [chains[row] for row in dataset.rows], cfg.evaluate.step_score)
         by_row = dict(zip(dataset.rows.tolist(), found.steps, strict=True))
         steps = [by_row.get(row, np.zeros(example.num_steps)) for row, example in enumerate(chains)]
@@ -264,10 +267,13 @@ def read_scores(path: Path, chains: Sequence[Example], step_score: str) -> Score
       step_score: "full" or "two_token".
 
     Raises:
-      InputError: not a line for each chain, or scores that are no probabilities, one for each of its steps.
+      InputError: not a line for each chain, another chain's by its "id" (where it has one), or scores that are no
+        probabilities, one for each of its steps.
     """
     field = STEP_SCORE_FIELDS[step_score]
     lines = _by_row(path, chains)
+    for example in chains:
+        _check_id(*lines[example.row], example)
     steps = [_step_scores(*lines[example.row], field, example) for example in chains]
     num_tokens = [_num_tokens(*lines[example.row]) for example in chains]
     return Scores(steps, None if None in num_tokens else num_tokens)
@@ -289,6 +295,15 @@ def _by_row(path: Path, chains: Sequence[Example]) -> dict[int, tuple[Any, str]]
         if row not in wanted:
             raise InputError(f'{place}: "row" is {row}, but no chain has that number; score the same file')
     return found
+
+
+def _check_id(row: Any, place: str, example: Example) -> None:
+    own = row.get("id") if isinstance(row, dict) else None
+    if own is not None and str(own) != str(example.id):
+        raise InputError(
+            f'{place}: "id" is {shown(own)}, but {example.place} is of {shown(example.id)}; score that file, in its '
+            "order"
+        )
 
 
 def _num_tokens(row: dict, place: str) -> int | None:

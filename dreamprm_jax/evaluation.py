@@ -11,7 +11,7 @@ import numpy as np
 from dreamprm_jax import selection, step_benchmark
 from dreamprm_jax.data.answers import vote_key
 from dreamprm_jax.data.candidates import Contest
-from dreamprm_jax.data.example import HUMAN, Example
+from dreamprm_jax.data.example import HUMAN, Example, ImageSource
 from dreamprm_jax.data.formats.disciplines import discipline
 from dreamprm_jax.data.formats.prompts import FIRST_STEP_HEADING
 from dreamprm_jax.data.images import image_size
@@ -184,17 +184,25 @@ class Judged(NamedTuple):
 def judged_chains(chains: Sequence[Example]) -> Judged:
     """Chains of a step benchmark; those with one question text and pictures of the same size are about one question.
 
-    So the split is the same wherever the pictures lie, in files or in a prepared set.
+    So the split is the same wherever the pictures lie, in files or in a prepared set. Where one is not at hand its name
+    stands for its size: the same question text is often asked of many pictures, and the split is then another one.
     """
     return Judged(chains, [_question_key(chain) for chain in chains])
 
 
 def _question_key(chain: Example) -> str:
     first = next(turn.text for turn in chain.turns if turn.role == HUMAN)
-    sizes = [
-        str(image_size(image, chain.place)) for image in chain.images if isinstance(image, bytes) or image.is_file()
-    ]
+    sizes = [str(image_size(image, chain.place) if _is_at_hand(image) else image) for image in chain.images]
     return "\n".join([first.partition(FIRST_STEP_HEADING)[0].strip(), *sizes])
+
+
+def has_pictures(chain: Example) -> bool:
+    """Whether all pictures of a chain are at hand."""
+    return all(map(_is_at_hand, chain.images))
+
+
+def _is_at_hand(image: ImageSource) -> bool:
+    return isinstance(image, bytes) or image.is_file()
 
 
 def judged_candidates(contests: Sequence[Contest]) -> Judged | None:

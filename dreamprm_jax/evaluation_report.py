@@ -125,7 +125,7 @@ def _selection_text(found: Mapping[str, Any]) -> list[str]:
 
 def _steps_text(found: Mapping[str, Any]) -> list[str]:
     chosen, counted = found["chosen_on"], _count(found["num_chains"], "chain")
-    threshold = f"{found['threshold']:.4g}"
+    threshold = f"{found['threshold']:.8g}"  # 0.99999 is not 1
     if chosen is None:
         parts = [f"Steps of {counted}: those scored above {threshold}, the threshold given, are taken to be right."]
     else:
@@ -134,6 +134,9 @@ def _steps_text(found: Mapping[str, Any]) -> list[str]:
             f"macro-F1 on {chosen['num_chains']:,} others, which were held out "
             f"({chosen['share_of_questions']:.0%} of the questions, by hash, seed {chosen['seed']})."
         ]
+        if chosen["num_without_pictures"]:
+            number = _count(chosen["num_without_pictures"], "chain")
+            parts.append(f"The pictures of {number} were not at hand: with them other questions would be held out.")
     if found["num_unscored"]:
         parts.append(f"{_count(found['num_unscored'], 'chain')} could not be scored: the steps count as scored 0.")
     return parts

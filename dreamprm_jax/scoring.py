@@ -39,7 +39,7 @@ class ChainScores(NamedTuple):
 
     full: np.ndarray  # float32 [S]: P("+") over the full vocabulary
     two_token: np.ndarray  # float32 [S]: P("+") over {"+", "-"}
-    response: float  # `full`, aggregated
+    response: float  # one of the two, aggregated
 
 
 @partial(jax.jit, static_argnums=0)
@@ -98,6 +98,7 @@ def score_windows(
     *,
     batch_size: int,
     aggregate: str,
+    step_score: str = "full",
     reading: batches.Reading = batches.READING,
     num_done: int = 0,
     progress: bool = True,
@@ -112,6 +113,7 @@ def score_windows(
       dataset: the chains.
       batch_size: chains at a time.
       aggregate: how the step scores become the response score, of `losses.AGGREGATIONS`.
+      step_score: which ones do, "full" or "two_token".
       reading: threads and processes.
       num_done: rows that are scored already, whole windows. They are planned with the others, since padding is chosen
         from all rows: the scores of the others are then the same to the last bit.
@@ -134,7 +136,8 @@ def score_windows(
             found |= {row: found[first] for row, first in window.copies.items()}
             bar.update(len(window.copies))
             rows_done = sorted(found)
-            responses = response_scores([found[row][0] for row in rows_done], aggregate)
+            which = ChainScores._fields.index(step_score)
+            responses = response_scores([found[row][which] for row in rows_done], aggregate)
             pairs = zip(rows_done, responses.tolist(), strict=True)
             yield [(row, ChainScores(*found[row], response)) for row, response in pairs]
 
@@ -252,13 +255,14 @@ class Fresh(NamedTuple):
     seconds: float
 
 
-def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path) -> Fresh:
+def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path, *, step_score: str = "full") -> Fresh:
     """Appends what is missing of the chains' lines (`score_line`), a window of rows at a time.
 
     Args:
       cfg: the run's: batches, reading, and how step scores are aggregated.
       model, dataset: what scores, and the chains.
       output: a file of this run's own, or none yet.
+      step_score: which step scores are aggregated, as for `score_windows`.
 
     Raises:
       InputError: a line of the output is not that of its row, or another run is writing it.
@@ -267,8 +271,8 @@ def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path) -> Fres
     with _ours_alone(output) as file:
         done = _lines_kept(file, dataset.rows.tolist())
         if done < len(dataset.rows):
-            reading, options = build.reading(cfg), {"batch_size": cfg.batch_size, "aggregate": cfg.aggregate}
-            windows = score_windows(model, dataset, reading=reading, num_done=done, **options)
+            options = {"batch_size": cfg.batch_size, "aggregate": cfg.aggregate, "step_score": step_score}
+            windows = score_windows(model, dataset, reading=build.reading(cfg), num_done=done, **options)
             with closing(windows):
                 for window in windows:
                     lines = [json.dumps(to_json(score_line(dataset, row, scores))) + "\n" for row, scores in window]

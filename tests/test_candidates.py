@@ -138,7 +138,8 @@ def test_the_rules_may_judge_all(shared, gpt4o):
     strict = read_contests(direct, need_images=False, judge="rules")
     assert correct(strict).tolist() == [[contest.candidates[1].judged] for contest in gpt4o]
     assert (correct(strict)[:, 0] != correct(gpt4o)[:, 1]).sum() == 65
-    assert disagreements(strict) == []
+    changed = [row for row in disagreements(gpt4o) if row["candidate"] == 1]
+    assert disagreements(strict) == [{**row, "candidate": 0} for row in changed]  # whichever of the two counts
 
 
 def test_every_recorded_subject_has_its_discipline(gpt4o):

@@ -67,10 +67,12 @@ def test_figures_are_those_of_the_scores(embedded):
     workdir, summary, _ = embedded
     questions = noisy_steps.make(0, SPLITS).test
     lines = iter(read_lines(workdir / "scores.jsonl"))
+    written_scores = [line["score"] for line in read_lines(workdir / "scores.jsonl")]
     picked, votes, majority, truth, scores = [], [], [], [], []
     for question in questions:
         own = [next(lines)["step_scores_two_token"] for _ in question.answers]
         response = [np.float32(np.prod(np.float32(each))) for each in own]
+        assert written_scores[len(scores) : len(scores) + len(own)] == pytest.approx(response, rel=1e-5)
         picked.append(question.correct[int(np.argmax(response))])
         weights = {a: sum(s for b, s in zip(question.answers, response, strict=True) if b == a) for a in
                    question.answers}  # fmt: skip

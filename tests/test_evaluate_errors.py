@@ -66,6 +66,11 @@ COUNTS = [1, 3, 1, 2, 1, 1, 2, 1, 1]
             lambda lines: [{"step_scores": line["step_scores"]} for line in lines],
             's.jsonl row 0: "step_scores_two_token" is missing; --config.evaluate.step_score=full takes "step_scores"',
         ),
+        (
+            lambda lines: [*lines[:7], {**lines[7], "id": "y"}, lines[8]],
+            's.jsonl row 7: "id" is "y", but candidates.jsonl row 2 candidate 1 is of "z"; score that file, in its '
+            "order",
+        ),
         (lambda lines: [*lines[:8], *score_lines([1], num_tokens="9")], 's.jsonl row 8: "num_tokens" is "9"; it must'),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,7 +262,9 @@ def test_chains_about_one_question_have_one_key(tmp_path):
     assert keys == ["### Question:\nq\n(4, 4)"] * 3
     assert len(set(evaluation.judged_chains([one, chain([1], question="r", images=one.images)]).keys)) == 2
     assert len(set(evaluation.judged_chains([one, chain([1], images=[png("red", (5, 4))])]).keys)) == 2
-    assert evaluation.judged_chains([chain([1], images=[tmp_path / "gone.png"])]).keys == ["### Question:\nq"]
+    gone = [chain([1], images=[Path(name)]) for name in ("gone/1.png", "gone/2.png", "gone/1.png")]
+    assert evaluation.judged_chains(gone).keys == [f"### Question:\nq\ngone/{n}.png" for n in (1, 2, 1)]
+    assert [evaluation.has_pictures(each) for each in (one, other, gone[0])] == [True, True, False]
 
 
 def test_candidates_of_a_question_have_one_key():

@@ -300,12 +300,13 @@ def test_the_introduction_counts(found):
     assert "Steps of 48 chains: those scored above 0.5, the threshold given" in text
     assert "could not be scored" not in text and "disagree" not in text
     results["selection"] |= {"fewest_candidates": 3, "num_without_answer": 1, "num_unscored": 2, "num_disagreements": 1}
-    results["steps"] |= {"num_unscored": 1, "chosen_on": {"num_chains": 1234, "share_of_questions": 0.2, "seed": 7}}
+    chosen_on = {"num_chains": 1234, "share_of_questions": 0.2, "seed": 7, "num_without_pictures": 3}
+    results["steps"] |= {"num_unscored": 1, "threshold": 0.9999871, "chosen_on": chosen_on}
     text = evaluation_report.intro(results, SETTINGS._replace(step_score="full", ties="last"))
     for part in (
         "3 to 8 candidates", "1 response without a recognised answer.", "2 responses could not be scored",
         "disagree on 1 response,", "1 chain could not be scored", "on 1,234 others",
-        "(20% of the questions, by hash, seed 7)",
+        "(20% of the questions, by hash, seed 7)", "above 0.9999871 are", "pictures of 3 chains were not at hand",
         "over the full vocabulary", "of equals the last.",
     ):  # fmt: skip
         assert part in text

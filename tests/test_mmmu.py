@@ -60,6 +60,7 @@ def test_a_question_row_becomes_a_question(rules):
     assert (without_id.id, without_id.subject) == ("7", None)
     assert read(question_row(subject="Art"), rules).subject == "Art"
     assert read(question_row(img_type="['a'], 'b'"), rules).image_type == "['a'], 'b'"
+    assert read(question_row(img_type="[]"), rules).image_type is None
 
 
 def test_hub_rows_hold_the_bytes_of_their_images():

@@ -44,6 +44,7 @@ class Candidate(NamedTuple):
     correct: bool  # what counts
     judged: bool | None  # what MMMU's rules say; None where they cannot be applied (no right answer at hand)
     example: Example  # the chain as it is scored, every label "+"; its true_false is `correct`
+    recorded: bool | None = None  # what the file says; None where it says nothing
 
 
 class Contest(NamedTuple):
@@ -109,7 +110,7 @@ def disagreements(contests: Iterable[Contest]) -> list[dict[str, Any]]:
     """Where the record and MMMU's rules say different things of a candidate, for reading by hand.
 
     Args:
-      contests: read with judge="given"; with "rules" there are none.
+      contests: read with either judge.
 
     Returns:
       For each such candidate its question's id, its number (of runs: the run's), its place, the end of its text,
@@ -121,14 +122,14 @@ def disagreements(contests: Iterable[Contest]) -> list[dict[str, Any]]:
             "candidate": number,
             "place": candidate.example.place,
             "response_end": candidate.text[-_END:],
-            "recorded": candidate.correct,
+            "recorded": candidate.recorded,
             "judged": candidate.judged,
             "answer": candidate.answer,
             "right_answer": contest.question.answer,
         }
         for contest in contests
         for number, candidate in enumerate(contest.candidates)
-        if candidate.judged is not None and candidate.judged != candidate.correct
+        if None not in (candidate.judged, candidate.recorded) and candidate.judged != candidate.recorded
     ]
 
 
@@ -257,7 +258,7 @@ def _candidate(response: Response, question: Question, judge: str) -> Candidate:
     elif correct is None:
         problem = "is missing, so MMMU's rules cannot judge; add it, or let judge=given take the record"
         raise field_error(example.place, "answer", problem)
-    return Candidate(text, answer, correct, judged, example._replace(true_false=correct))
+    return Candidate(text, answer, correct, judged, example._replace(true_false=correct), recorded)
 
 
 def _noisy_contest(given: noisy_steps.Question) -> Contest:

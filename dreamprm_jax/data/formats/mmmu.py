@@ -290,4 +290,4 @@ def _image_type(row: dict, place: str) -> str | None:
     """ "Diagrams, Tables" of "['Diagrams', 'Tables']"."""
     value = optional_text(row, "img_type", place)
     types = _literal_list(value) if value else None
-    return ", ".join(str(kind) for kind in types) if types else value
+    return value if types is None else ", ".join(map(str, types)) or None
