@@ -115,8 +115,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float | None:
-    # Five decimals are more than the page shows. A score that is no number is shown as none: JSON has no NaN.
-    return None if value is None or not math.isfinite(value) else round(float(value), 5)
+    # Five digits are more than the page shows, and products of many steps keep their order. JSON has no NaN: none.
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def _data_uri(image: bytes) -> str:

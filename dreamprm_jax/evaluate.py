@@ -132,10 +132,25 @@ def write_all(cfg: Any, workdir: Path, found: Evaluated) -> None:
         cfg.to_json_best_effort(indent=2),
         questions_shown=cfg.evaluate.questions_shown,
         image_side=cfg.evaluate.image_side,
+        origin=origin_of(cfg),
     )
     summary = summary_of(found.results, found.settings, workdir)
     write_json_lines(workdir / METRICS_FILE, [{"step": 0, "phase": "evaluate", **summary}])
     write_text(workdir / RESULTS_FILE, json.dumps(found.results, indent=2, allow_nan=False) + "\n")
+
+
+def origin_of(cfg: Any) -> str:
+    """Where candidates and judged chains are from, and what scored them, in words."""
+    parts = []
+    for name in ("candidates", "benchmark"):
+        path, scores = cfg[name].path, cfg[name].scores
+        if path is None and name == "candidates" and cfg.benchmark.path is None:
+            path = f"the embedded benchmark's test set (seed {cfg.seed})"
+        if path is not None:
+            model = "not scored" if cfg.model.checkpoint is None else f"scored by {cfg.model.checkpoint}"
+            scored = model if scores is None else f"scores of {scores}"
+            parts.append(f"{name.capitalize()}: {path}, {scored}.")
+    return " ".join(parts)
 
 
 def summary_of(results: dict[str, Any], settings: Settings, workdir: Path) -> dict[str, Any]:

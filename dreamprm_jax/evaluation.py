@@ -88,8 +88,8 @@ def selection_results(
     """Best-of-N in numbers, JSON alone.
 
     `accuracy` by rule with a 95% bootstrap interval over questions; `runs`, the accuracy of the first candidates, the
-    second ones, ...; `curves` by number of candidates; with a model also `gains` of each aggregation over each
-    baseline, `ties`, and `lengths`; `groups` by FACETS.
+    second ones, ..., and `run_files`, where each is a file's; `curves` by number of candidates; with a model also
+    `gains` of each aggregation over each baseline, `ties`, and `lengths`; `groups` by FACETS.
     """
     field, found = ballot.field, ballot.outcomes
     counts = field.present.sum(axis=1)
@@ -104,6 +104,7 @@ def selection_results(
         "num_unscored": len(scores.unscored) if scores else 0,
         "accuracy": {rule: _interval(values, settings.seed) for rule, values in found.items()},
         "runs": selection.run_accuracy(field).tolist(),
+        "run_files": _run_files(contests),
         "curves": {
             "sizes": list(curves.sizes),
             "mean": {rule: values.tolist() for rule, values in curves.mean.items()},
@@ -112,6 +113,13 @@ def selection_results(
         "groups": _groups(contests, {rule: found[rule] for rule in shown}),
     }
     return results | (_model_results(scores, ballot, settings) if scores else {})
+
+
+def _run_files(contests: Sequence[Contest]) -> list[str] | None:
+    """The file of the first candidates, of the second ones, ...; None where all are of one file."""
+    places = [[candidate.example.place for candidate in contest.candidates] for contest in contests]
+    files = [[place.rpartition(" row ")[0] for place in row] for row in places]
+    return files[0] if len(set(files[0])) > 1 and all(row == files[0] for row in files) else None
 
 
 def _interval(values: np.ndarray, seed: int) -> dict[str, float]:

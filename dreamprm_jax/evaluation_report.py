@@ -42,7 +42,13 @@ STEP_FIGURES = {
     "first_error_correct_accuracy": "right chains passed",
     "first_error_f1": "their harmonic mean",
 }
-STEP_COUNTS = {"num_right": "right", "num_wrong": "wrong", "num_neutral": "neutral"}
+STEP_COUNTS = {
+    "num_right": "right steps",
+    "num_wrong": "wrong steps",
+    "num_neutral": "neutral steps",
+    "first_error_num_with_error": "chains with an error",
+    "first_error_num_without": "chains without",
+}
 """Figures of steps, and the heads of their columns."""
 
 _NONE = "–"  # noqa: RUF001
@@ -59,7 +65,9 @@ class Evaluated(NamedTuple):
     results: dict[str, Any]  # results.json
 
 
-def write_reports(workdir: Path, found: Evaluated, config: str, *, questions_shown: int, image_side: int) -> None:
+def write_reports(
+    workdir: Path, found: Evaluated, config: str, *, questions_shown: int, image_side: int, origin: str = ""
+) -> None:
     """Writes results.md, report.html and plots/ into `workdir`.
 
     Args:
@@ -68,10 +76,10 @@ def write_reports(workdir: Path, found: Evaluated, config: str, *, questions_sho
       config: shown as it stands.
       questions_shown: in the page, the first ones.
       image_side: pixels, of their pictures; 0: none.
+      origin: what was evaluated, and by which model.
     """
     tables, shown = tables_of(found.results, found.settings), plots_of(found)
-    text = intro(found.results, found.settings)
-    note = notes(found.results)
+    text, note = f"{origin} {intro(found.results, found.settings)}".strip(), notes(found.results)
     parts = ["# Evaluation", text, *map(markdown, tables), f"## {page.NOTES_TITLE}", note]
     write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
     plots.write_plots(workdir / "plots", shown)
@@ -147,16 +155,25 @@ def notes(results: Mapping[str, Any]) -> str:
     parts = []
     if "selection" in results:
         parts.append(
-            "Accuracies are in percent, in brackets 95% intervals of a bootstrap over questions. Tied answers share a "
-            "vote's credit; a response without a recognised answer casts none."
+            "Accuracies are in percent, in brackets 95% percentile intervals of a bootstrap over questions (10,000 "
+            "resamples). Tied answers share a vote's credit; a response without a recognised answer casts none. All "
+            "rows have the same sub-samples, without replacement; of fewer than N candidates all are in them."
         )
     if "gains" in results.get("selection", {}):
         parts.append(
             "Gains are in points, on the same questions, with the p-value of a two-sided sign-flip test (McNemar's "
-            "exact one where no answer is tied)."
+            "exact one where no answer is tied). In a weighted vote scores are votes, of sum_logprob and sum_logit "
+            "their exponentials. Ties: questions whose highest score is shared, in brackets those where right "
+            "and wrong responses share it, so that the tie rule decides."
         )
     if "steps" in results:
-        parts.append("Neutral steps do not count. F1 is 0 where no step of its kind is found.")
+        parts.append(
+            "Neutral steps do not count. F1 is 0 where no step of its kind is found. First error found: of the chains "
+            "with an error, the share whose first wrong step is the first that is called wrong; right chains passed: "
+            "of the others, the share where none is."
+        )
+    if "steps" in results or "responses" in results.get("selection", {}):
+        parts.append("Calibration errors are over ten bins of equal width.")
     return " ".join(parts)
 
 
@@ -175,7 +192,10 @@ def tables_of(results: Mapping[str, Any], settings: Settings) -> list[page.Table
         if "gains" in found:
             tables.append(_aggregations(found))
     if "steps" in results:
-        tables += _steps(results["steps"])
+        tables.append(_steps(results["steps"]))
+    told = {"responses": (found or {}).get("responses"), "steps": results.get("steps")}
+    if any(told.values()):
+        tables.append(_probabilities({name: figures for name, figures in told.items() if figures}))
     if found is not None:
         tables += [_by_number(found, settings), *_groups(found, settings), _runs(found)]
         if found.get("lengths"):
@@ -262,10 +282,11 @@ def _by_number(found: Mapping[str, Any], settings: Settings) -> page.Table:
 
 
 def _runs(found: Mapping[str, Any]) -> page.Table:
-    rows = [(number, percent(value)) for number, value in enumerate(found["runs"], start=1)]
-    return page.Table(
-        "Accuracy of each question's candidates by their place (runs)", ("candidate", "accuracy, %"), rows
-    )
+    columns = {"candidate": range(1, len(found["runs"]) + 1), "accuracy, %": map(percent, found["runs"])}
+    if found["run_files"]:
+        columns["file"] = found["run_files"]
+    rows = list(zip(*columns.values(), strict=True))
+    return page.Table("Accuracy of each question's candidates by their place (runs)", tuple(columns), rows)
 
 
 def _groups(found: Mapping[str, Any], settings: Settings) -> list[page.Table]:
@@ -304,7 +325,7 @@ def _papers_table() -> page.Table:
     return page.Table(title, ("as the paper reports (arXiv 2509.05542, Table 1)", "accuracy, %"), rows)
 
 
-def _steps(found: Mapping[str, Any]) -> list[page.Table]:
+def _steps(found: Mapping[str, Any]) -> page.Table:
     lines = [
         ("all sources", found["pooled"]),
         *found["by_source"].items(),
@@ -320,12 +341,14 @@ def _steps(found: Mapping[str, Any]) -> list[page.Table]:
         for name, values in lines
     ]
     head = ("source", *STEP_FIGURES.values(), *STEP_COUNTS.values())
-    overall = [
-        ("AUROC", fraction(found["auroc"])),
-        ("expected calibration error", fraction(found["calibration_error"])),
-        ("Brier score", fraction(found["brier"])),
-    ]
-    return [page.Table("Steps", head, rows), page.Table("Step scores as probabilities", ("figure", "value"), overall)]
+    return page.Table("Steps", head, rows)
+
+
+def _probabilities(told: Mapping[str, Mapping[str, Any]]) -> page.Table:
+    names = ("auroc", "calibration_error", "brier")
+    rows = [(what, *(fraction(figures.get(name)) for name in names)) for what, figures in told.items()]
+    head = ("scores of", "AUROC", "expected calibration error", "Brier score")
+    return page.Table("Do the scores tell right from wrong?", head, rows)
 
 
 # --- Plots.

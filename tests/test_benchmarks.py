@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from benchmarks import pipeline, prepare, step, workload
+from benchmarks import pipeline, prepare, scoring, step, workload
 from dreamprm_jax.models import internvl, presets
 
 CONFIG = presets.InternVLConfig(
@@ -97,3 +97,18 @@ def test_the_prepare_benchmark_reads_back_what_it_wrote(monkeypatch, tmp_path, c
     assert min(row["prepared rows/s"], row["read rows/s"], row["checked rows/s"], row["worker MiB"]) >= 0
     assert row["parent MiB"] > 20
     assert "| prepared rows/s |" in capsys.readouterr().out
+
+
+def test_the_scoring_benchmark_compares_equal_scores(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    monkeypatch.setattr(scoring, "PROMPT_TOKENS", 20)
+    monkeypatch.setattr(scoring, "CONTINUATIONS", (6, 9))
+    monkeypatch.setattr(scoring, "PART_CHAINS", 2)
+    programs = ("shared", "batched", "one_by_one", "published")
+    arguments = ["--size", "wide", "--candidates", "3", "--tiles", "1", "--rounds", "1", "--programs"]
+    found = run_benchmark(scoring, monkeypatch, tmp_path, *arguments, ",".join(programs))
+    assert [row["program"] for row in found["rows"]] == list(programs)
+    for row in found["rows"]:
+        assert row["difference"] < 1e-4 and row["times shared"] > 0
+        assert (row["N"], row["prompt tokens"]) == (3, 20 + CONFIG.image_tokens_per_tile)
+    assert "| times shared |" in capsys.readouterr().out

@@ -127,6 +127,13 @@ def test_what_is_missing_is_null():
     assert candidate["steps"] == [["x", None, None], ["y", 0.33333, None]]
 
 
+def test_small_scores_keep_their_order():
+    """Those of products of many steps."""
+    right = [browser.Candidate("B", True, [], score) for score in (1.23456e-12, 2e-12)]
+    (found,) = browser.packed([browsing.question(0, "+", 0, 1.0)._replace(candidates=right)])["questions"]
+    assert [candidate["score"] for candidate in found["candidates"]] == [1.2346e-12, 2e-12]
+
+
 def test_without_javascript_the_page_says_what_is_missing():
     found = re.search(r"<noscript>(.*?)</noscript>", rendered(browsing.every_outcome()), re.DOTALL)[1]
     assert "7\nquestions with 19 candidates" in found

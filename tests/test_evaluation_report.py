@@ -163,8 +163,13 @@ def test_steps_are_those_of_the_results(found, files):
     for name, figures in (("all sources", results["pooled"]), ("saying right to every step", results["all_right"])):
         assert float(by_name[name]["macro-F1"]) == round(figures["macro_f1"], 4)
         assert float(by_name[name]["first error found"]) == round(figures["first_error_error_accuracy"], 4)
-        assert int(by_name[name]["wrong"]) == figures["num_wrong"]
-    assert float(dict(tables["Step scores as probabilities"][1:])["AUROC"]) == round(results["auroc"], 4)
+        assert int(by_name[name]["wrong steps"]) == figures["num_wrong"]
+        assert int(by_name[name]["chains with an error"]) == figures["first_error_num_with_error"]
+    _, *told = tables["Do the scores tell right from wrong?"]
+    both = {"responses": found.results["selection"]["responses"], "steps": results}
+    assert [row[0] for row in told] == list(both)
+    for name, *row in told:
+        assert row == [f"{both[name][figure]:.4f}" for figure in ("auroc", "calibration_error", "brier")]
 
 
 def test_the_papers_figures_are_marked_as_the_papers(files):
@@ -204,7 +209,7 @@ def test_what_is_not_asked_for_has_neither_tables_nor_plots(found, tmp_path):
     judged = evaluation.judged_candidates(found.contests)
     steps = evaluate.evaluated(SETTINGS, [], None, judged, found.scores)
     markdown, text = written(tmp_path, steps)
-    assert list(Tables(text).tables) == ["Steps", "Step scores as probabilities"]
+    assert list(Tables(text).tables) == ["Steps", "Do the scores tell right from wrong?"]
     assert 'class="browser"' not in text and "threshold given" in markdown
 
 

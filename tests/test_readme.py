@@ -103,7 +103,7 @@ def test_the_score_command_scores_with_that_workdir(workdir, tmp_path):
     (tmp_path / "chains.json").write_text(json.dumps([row]))
     arguments = command.replace("CHECKPOINT", str(workdir)).replace("IMAGES", str(tmp_path))
     arguments = re.sub(r"(\w+\.jsonl?)", lambda match: str(tmp_path / match[0]), arguments)
-    launch(shlex.split(arguments)[1:])
+    launch([*shlex.split(arguments)[1:], f"--workdir={tmp_path / 'work'}"])
     line = json.loads((tmp_path / "scores.jsonl").read_text())
     assert line["id"] == 7
     promised = re.search(r"from `score`: `\{(.*?)\}`", README, re.DOTALL)[1]

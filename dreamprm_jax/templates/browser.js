@@ -223,7 +223,8 @@
   // A score's colour comes with its number, always.
   function score(value, places) {
     const band = value >= 0 && value <= 1 ? Math.min(BANDS - 1, Math.floor(BANDS * value)) : null;
-    return element("span", { class: "score", "data-band": band }, value.toFixed(places));
+    return element("span", { class: "score", "data-band": band },
+      value && Math.abs(value) < 10 ** -places ? value.toExponential(1) : value.toFixed(places));
   }
 
   function step([text, value, truth], position) {
