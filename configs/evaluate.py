@@ -10,7 +10,7 @@
 The argument is a recipe. `published`: mean of P("+") over the full vocabulary, the last of equals, the published
 splitter. `paper`: the first of equals, whole numbers. `corrected`, the default: product of P("+") over the two labels.
 12 tiles at most, as at test time in the published code. The paper reports 84.6 (table) and 83.6 (net) on MMMU's
-validation split, eight GPT-5-mini candidates a question, in docs/reproduction.md.
+validation split, eight GPT-5-mini candidates a question; here that was not measured (docs/reproduction.md).
 """
 
 from configs import base
