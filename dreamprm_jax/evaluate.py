@@ -26,7 +26,7 @@ from dreamprm_jax.metrics import METRICS_FILE, to_json, write_json_lines, write_
 from dreamprm_jax.scoring import write_scores
 from dreamprm_jax.workdir import claim_workdir
 
-RESULTS_FILE, DISAGREEMENTS_FILE = "results.json", "disagreements.jsonl"
+RESULTS_FILE, OUTCOMES_FILE, DISAGREEMENTS_FILE = "results.json", "outcomes.jsonl", "disagreements.jsonl"
 STEP_SCORE_FIELDS = {"full": "step_scores", "two_token": "step_scores_two_token"}
 SCORES_FILES = {"candidates": "scores.jsonl", "benchmark": "step_scores.jsonl"}
 
@@ -35,8 +35,8 @@ def run_evaluation(cfg: Any, workdir: Path) -> dict[str, Any]:
     """Reads everything, scores what has no scores yet, and writes the figures.
 
     The workdir gets config.json, scores.jsonl and step_scores.jsonl (from a model), results.json, results.md,
-    report.html, plots/, and disagreements.jsonl where record and rules differ. The same command goes on after a kill;
-    of a finished run it gives the summary.
+    report.html, plots/, outcomes.jsonl (question by question), and disagreements.jsonl where record and rules differ.
+    The same command goes on after a kill; of a finished run it gives the summary.
 
     Raises:
       InputError: before anything is compiled, a row, image or score that cannot be used, or a workdir of another run.
@@ -126,6 +126,10 @@ def write_all(cfg: Any, workdir: Path, found: Evaluated) -> None:
     lines = disagreements(found.contests)
     if lines:
         write_json_lines(workdir / DISAGREEMENTS_FILE, lines)
+    if found.ballot is not None:
+        write_json_lines(
+            workdir / OUTCOMES_FILE, evaluation.outcome_lines(found.contests, found.ballot, found.settings)
+        )
     evaluation_report.write_reports(
         workdir,
         found,

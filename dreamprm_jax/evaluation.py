@@ -115,6 +115,25 @@ def selection_results(
     return results | (_model_results(scores, ballot, settings) if scores else {})
 
 
+def outcome_lines(contests: Sequence[Contest], ballot: Ballot, settings: Settings) -> list[dict[str, Any]]:
+    """A line a question, for those who compare models question by question: its id, and what each rule makes of it.
+
+    A rule's value is the (expected) correctness of what it chooses, in [0, 1]; `chosen` is the model's candidate,
+    counted from 0.
+    """
+    rules = {rule: rule for rule in selection.REFERENCES}
+    if ballot.scores:
+        rules |= {rule.partition("/")[0]: rule for rule in model_rules(settings).values()}
+    columns = {name: ballot.outcomes[rule].tolist() for name, rule in rules.items()}
+    if ballot.scores:
+        columns["chosen"] = selection.chosen(ballot.field, ballot.scores[settings.aggregate], settings.ties).tolist()
+    values = zip(*columns.values(), strict=True)
+    return [
+        {"id": contest.question.id, **dict(zip(columns, row, strict=True))}
+        for contest, row in zip(contests, values, strict=True)
+    ]
+
+
 def _run_files(contests: Sequence[Contest]) -> list[str] | None:
     """The file of the first candidates, of the second ones, ...; None where all are of one file."""
     places = [[candidate.example.place for candidate in contest.candidates] for contest in contests]

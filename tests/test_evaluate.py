@@ -50,7 +50,8 @@ def embedded(checkpoint, tmp_path_factory):
 def test_every_file_is_there(embedded):
     workdir, summary, _ = embedded
     assert sorted(path.name for path in workdir.iterdir()) == [
-        "config.json", "metrics.jsonl", "plots", "report.html", "results.json", "results.md", "scores.jsonl",
+        "config.json", "metrics.jsonl", "outcomes.jsonl", "plots", "report.html", "results.json", "results.md",
+        "scores.jsonl",
     ]  # fmt: skip
     assert {path.stem for path in (workdir / "plots").iterdir()} == {
         "accuracy", "scores", "score_by_steps", "step_scores", "calibration", "roc",
@@ -82,7 +83,10 @@ def test_figures_are_those_of_the_scores(embedded):
         truth += [[label == "+" for label in labels] for labels in question.step_labels]
         scores += own
     assert next(lines, None) is None
-    best = summary["best_of_n"]
+    best, outcomes = summary["best_of_n"], read_lines(workdir / "outcomes.jsonl")
+    assert [line["prm"] for line in outcomes] == picked
+    assert [line["majority"] for line in outcomes] == pytest.approx(majority)
+    assert [q.correct[line["chosen"]] for q, line in zip(questions, outcomes, strict=True)] == picked
     assert best["prm"] == pytest.approx(np.mean(picked))
     assert best["weighted_vote"] == pytest.approx(np.mean(votes))
     assert best["majority"] == pytest.approx(np.mean(majority))
@@ -294,6 +298,9 @@ def test_the_published_meta_set(shared, tmp_path):
     assert summary["best_of_n"]["oracle"] == pytest.approx(281 / 414)
     assert summary["num_disagreements"] == 0 and not (tmp_path / "disagreements.jsonl").exists()
     assert 'class="browser"' not in (tmp_path / "report.html").read_text()
+    outcomes = read_lines(tmp_path / "outcomes.jsonl")
+    assert set(outcomes[0]) == {"id", "pass_at_1", "majority", "oracle"}
+    assert sum(line["oracle"] for line in outcomes) == 281
 
 
 # --- The command line.
