@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def write_reports(workdir: Path, results: dict[str, Any], workdirs: Workdirs, co
     title = f"noisy_steps, seeds {', '.join(map(str, results['seeds']))}"
     title += f", by {AXES[results['sweep']]}" if results["sweep"] in AXES else ""
     text = intro(results)
-    write_text(workdir / "results.md", "\n\n".join([f"# {title}", text, *map(markdown, tables)]) + "\n")
+    write_text(workdir / "results.md", "\n\n".join([f"# {title}", text, *map(page.markdown, tables)]) + "\n")
     plots.write_plots(workdir / "plots", shown)
     write_text(workdir / "report.html", page.render(title, tables, shown, config, intro=text))
 
@@ -60,22 +59,6 @@ def intro(results: dict[str, Any]) -> str:
         "clean training row has a higher weight than a corrupted one (of the loss: a lower loss). Seconds: training "
         "and evaluation on one core."
     )
-
-
-def markdown(table: page.Table) -> str:
-    """A table in GitHub's Markdown; what others wrote stays inside its cell, and text."""
-    lines = [table.head, ["---"] * len(table.head), *table.rows]
-    return "\n".join(
-        [
-            f"## {table.title}",
-            "",
-            *("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines),
-        ]
-    )
-
-
-def _markdown_cell(cell: Any) -> str:
-    return re.sub(r"<(?=[\w/!?])", "&lt;", " ".join(str(cell).split())).replace("|", "\\|")
 
 
 # Cells.

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from dreamprm_jax import browser, evaluation, page, plots, selection, step_benchmark
-from dreamprm_jax.comparison_report import markdown
 from dreamprm_jax.data.candidates import Candidate, Contest
 from dreamprm_jax.data.conversation import IMAGE_MARKER
 from dreamprm_jax.data.example import HUMAN, Example, ImageSource, Question
@@ -80,7 +79,7 @@ def write_reports(
     """
     tables, shown = tables_of(found.results, found.settings), plots_of(found)
     text, note = f"{origin} {intro(found.results, found.settings)}".strip(), notes(found.results)
-    parts = ["# Evaluation", text, *map(markdown, tables), f"## {page.NOTES_TITLE}", note]
+    parts = ["# Evaluation", text, *map(page.markdown, tables), f"## {page.NOTES_TITLE}", note]
     write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
     plots.write_plots(workdir / "plots", shown)
     sections = []

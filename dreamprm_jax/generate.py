@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -40,7 +39,7 @@ from dreamprm_jax.messages import (
     load_prompts,
 )
 from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
-from dreamprm_jax.workdir import claim_workdir
+from dreamprm_jax.workdir import check_output, claim_workdir, open_alone
 
 JOURNAL_FILE = "journal.jsonl"
 CANDIDATES_FILE, RESPONSES_FILE = "candidates.jsonl", "responses.jsonl"
@@ -88,7 +87,7 @@ def run_generation(cfg: Any, workdir: Path) -> dict[str, Any]:
     output = Path(cfg.output) if cfg.output else workdir / CANDIDATES_FILE
     asked_for = hashlib.sha256("".join(item.name for item in asked).encode()).hexdigest()
     claim_workdir(workdir, {"config": cfg.to_dict(), "data": {cfg.input.path: asked_for}}, resumes=False)
-    _check_output(output, cfg.input.path)
+    check_output(output, cfg.input.path)
     with _open_journal(workdir / JOURNAL_FILE) as journal:
         _restore(journal, asked)
         skipped = _ask_all(asked, settings, prompts, sampling, key, journal)
@@ -170,27 +169,10 @@ def _named(
         yield question, name if seen[name] == 1 else f"{name}-{seen[name]}"
 
 
-def _check_output(output: Path, input_path: str) -> None:
-    if output.resolve() == Path(input_path).resolve():
-        raise InputError(f"--config.output={output}: is the input file itself; give another file")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        written = output.exists()
-        output.open("a").close()
-        if not written:
-            output.unlink()  # only now that it is known to be possible
-    except OSError as error:
-        raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
-
-
 @contextlib.contextmanager
 def _open_journal(path: Path) -> Iterator[Any]:
     """The journal, open for reading and appending, ours alone; a last line that a kill cut off is taken away."""
-    with path.open("a+b") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path}: another run writes it; wait for it, or give another --workdir") from error
+    with open_alone(path) as journal:
         journal.seek(0)
         content = journal.read()
         journal.truncate(content.rfind(b"\n") + 1)

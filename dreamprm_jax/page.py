@@ -128,6 +128,22 @@ def render(
     )  # fmt: skip
 
 
+def markdown(table: Table) -> str:
+    """A table in GitHub's Markdown; what others wrote stays inside its cell, and text."""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return "\n".join(
+        [
+            f"## {table.title}",
+            "",
+            *("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines),
+        ]
+    )
+
+
+def _markdown_cell(cell: Any) -> str:
+    return re.sub(r"<(?=[\w/!?])", "&lt;", " ".join(str(cell).split())).replace("|", "\\|")
+
+
 def png_of(figure: Figure) -> bytes:
     """A plot as PNG."""
     buffer = io.BytesIO()

@@ -42,7 +42,7 @@ from dreamprm_jax.data.conversation import IMAGE_MARKER
 from dreamprm_jax.data.dataset import ImageSpec, encode_all, read_tiles, tiles_of_images
 from dreamprm_jax.data.example import GPT, HUMAN, PLUS, SYSTEM, Encoded, Example, ImageSource, Turn
 from dreamprm_jax.data.fields import check_turn_text, field_error
-from dreamprm_jax.data.formats.prompts import DREAMPRM_SYSTEM
+from dreamprm_jax.data.formats.prompts import DREAMPRM_SYSTEM, QUESTION_HEADING
 from dreamprm_jax.data.images import open_image
 from dreamprm_jax.data.tokens import check_length, encode
 from dreamprm_jax.errors import InputError
@@ -50,7 +50,7 @@ from dreamprm_jax.models.internvl import KeysValues, Past
 from dreamprm_jax.scoring import ChainScores
 from dreamprm_jax.types import Prefix
 
-QUESTION_FORM = "### Question:\n{question}"
+QUESTION_FORM = QUESTION_HEADING + "{question}"
 """The turn that the published code asks a question with."""
 
 _ROOM = 512  # positions of a past are a multiple: each is a program to compile
@@ -213,12 +213,12 @@ class PRM:
             [(steps[n].encoded, len(state.tokens)) for n in own] for state, own in zip(states, members, strict=True)
         ]
         lengths = [sum(len(chain.tokens) - start for chain, start in row) for row in chains]
-        size = _power_of_two(len(chains))
+        size = sharing.power_of_two(len(chains))
         part = sharing.pack(
             chains,
             size,
-            max(32, _power_of_two(max(lengths))),
-            _power_of_two(max(map(len, chains))),
+            max(32, sharing.power_of_two(max(lengths))),
+            sharing.power_of_two(max(map(len, chains))),
             self.model.tokenizer.pad_id,
         )
         past = _stacked([state.past for state in states], size)
@@ -340,11 +340,6 @@ def _by_state(steps: Sequence[_Step]) -> list[list[int]]:
     for number, step in enumerate(steps):
         found.setdefault(id(step.state), []).append(number)
     return list(found.values())
-
-
-def _power_of_two(count: int) -> int:
-    """The next one up: each padded size is a program to compile."""
-    return 1 << (count - 1).bit_length()
 
 
 def _room(count: int) -> int:

@@ -6,9 +6,7 @@ through the model once (`data/sharing.py`); the rest of them goes on from its ke
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import METRICS_FILE, read_json_lines, to_json, write_json_lines
 from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.types import Continuations, Prefix, PyTree
-from dreamprm_jax.workdir import claim_workdir
+from dreamprm_jax.workdir import check_output, claim_workdir, open_alone
 
 
 class ChainScores(NamedTuple):
@@ -64,16 +62,9 @@ def go_on(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def score_part(
-    config: presets.InternVLConfig,
-    plus_id: int,
-    minus_id: int,
-    params: PyTree,
-    past: internvl.Past,
-    part: Continuations,
-) -> tuple[jax.Array, jax.Array]:
+def score_part(*arguments: Any) -> tuple[jax.Array, jax.Array]:
     """`go_on` where nothing goes on from the part: no memory is taken for its keys and values."""
-    return go_on(config, plus_id, minus_id, params, past, part)[:2]
+    return go_on(*arguments)[:2]
 
 
 def score_dataset(
@@ -234,9 +225,9 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
     model = load_model(cfg.model, cfg.seed)
     dataset = build.encoder(cfg, model)(examples)
     output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
-    if output.resolve() == Path(cfg.input.path).resolve():
-        raise InputError(f"--config.output={output}: is the input file itself; give another file")
-    _check_output(output, begun=(workdir / "config.json").is_file())
+    check_output(output, cfg.input.path)
+    if output.exists() and output.stat().st_size and not (workdir / "config.json").is_file():
+        raise InputError(f"--config.output={output}: exists already; remove it, or give another file")
     claim_workdir(workdir, build.record(cfg))
     fresh = write_scores(cfg, model, dataset, output)
     scores = [line["score"] for line in read_json_lines(output)]
@@ -268,7 +259,7 @@ def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path, *, step
       InputError: a line of the output is not that of its row, or another run is writing it.
     """
     began = time.perf_counter()
-    with _ours_alone(output) as file:
+    with open_alone(output) as file:
         done = _lines_kept(file, dataset.rows.tolist())
         if done < len(dataset.rows):
             options = {"batch_size": cfg.batch_size, "aggregate": cfg.aggregate, "step_score": step_score}
@@ -279,35 +270,6 @@ def write_scores(cfg: Any, model: Model, dataset: Dataset, output: Path, *, step
                     file.write("".join(lines).encode())
                     file.flush()
     return Fresh(len(dataset.rows) - done, time.perf_counter() - began)
-
-
-def _check_output(output: Path, *, begun: bool) -> None:
-    """Scores of hours must not be lost to a wrong path, nor a file to them; `begun`: it may be this run's own.
-
-    Raises:
-      InputError: it cannot be written, or something else has written it.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a") as file:
-            empty = file.tell() == 0
-    except OSError as error:
-        raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
-    if not empty and not begun:
-        raise InputError(f"--config.output={output}: exists already; remove it, or give another file")
-
-
-@contextlib.contextmanager
-def _ours_alone(output: Path) -> Iterator[IO[bytes]]:
-    """The output, open for reading and appending; two runs would write every line twice."""
-    with output.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{output}: another run writes it; wait for it, or give another --workdir") from error
-        except OSError:
-            pass  # a disk without locks
-        yield file
 
 
 def _lines_kept(file: IO[bytes], rows: Sequence[int]) -> int:

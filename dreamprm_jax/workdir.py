@@ -1,10 +1,13 @@
-"""A workdir belongs to one run: config.json says which."""
+"""A workdir belongs to one run: config.json says which. So does a file that a run appends to."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
@@ -56,3 +59,38 @@ def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
                 return found
         return None
     return None if old == new else f"was begun with {name}={old}, now {name}={new}"
+
+
+def check_output(output: Path, input_path: str) -> None:
+    """Whether `config.output` can be written, before hours of work; leaves no file where there was none.
+
+    Raises:
+      InputError: it cannot, or it is the input file itself.
+    """
+    if output.resolve() == Path(input_path).resolve():
+        raise InputError(f"--config.output={output}: is the input file itself; give another file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        written = output.exists()
+        output.open("a").close()
+        if not written:
+            output.unlink()  # only now that it is known to be possible
+    except OSError as error:
+        raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
+
+
+@contextlib.contextmanager
+def open_alone(path: Path) -> Iterator[IO[bytes]]:
+    """A file for reading and appending that no other run has open so: two would write every line twice.
+
+    Raises:
+      InputError: another run has it.
+    """
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{path}: another run writes it; wait for it, or give another --workdir") from error
+        except OSError:
+            pass  # a disk without locks
+        yield file

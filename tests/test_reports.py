@@ -18,7 +18,7 @@ def test_text_is_escaped_in_every_place():
 
 
 def test_markdown_keeps_its_columns():
-    text = comparison_report.markdown(page.Table("t", ["a", "b"], [["x|y", 1]]))
+    text = page.markdown(page.Table("t", ["a", "b"], [["x|y", 1]]))
     assert text == "## t\n\n| a | b |\n| --- | --- |\n| x\\|y | 1 |"
 
 

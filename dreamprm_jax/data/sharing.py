@@ -208,11 +208,11 @@ def _column(groups: Iterable[Group], *names: str) -> list[np.ndarray]:
 
 def _kind(group: Group) -> tuple[int, int]:
     """(breadth, number of parts) of the groups that may share a batch; the breadth is that of the widest part."""
-    return _power_of_two(max(map(len, group.parts))), len(group.parts)
+    return power_of_two(max(map(len, group.parts))), len(group.parts)
 
 
-def _power_of_two(count: int) -> int:
-    """The next one up."""
+def power_of_two(count: int) -> int:
+    """The next one up: each padded size is a program to compile."""
     return 1 << (count - 1).bit_length()
 
 
@@ -223,7 +223,7 @@ def _batches(window: Sequence[Group], max_chains: int, padding: _Padding) -> Ite
     for kind, same in itertools.groupby(sorted(window, key=by_size, reverse=True), key=_kind):
         breadth, num_parts = kind
         # No more rows than any window fills: a question alone is not run beside seven rows of padding.
-        size = min(max(1, max_chains // breadth), _power_of_two(padding.num_groups[kind]))
+        size = min(max(1, max_chains // breadth), power_of_two(padding.num_groups[kind]))
         for chunk in _chunks(same, size):
             tokens = [max(group.lengths[part] for group in chunk) for part in range(num_parts)]
             yield BatchPlan(
