@@ -2,6 +2,7 @@
 
     python -m benchmarks.scoring                                     # two cores: small models, with PyTorch where it is
     python -m benchmarks.scoring --size internvl3_1b --candidates 8,64      # an accelerator
+    python -m benchmarks.scoring --size internvl3_1b --tiles 1,3,7,13 --computed        # products alone, nothing is run
 
 Programs, run in turn, round after round, in one process; figures are medians over the rounds:
 
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import workload
+from benchmarks import step, workload
 from dreamprm_jax import losses
 from dreamprm_jax.data import sharing
 from dreamprm_jax.data.example import Encoded
@@ -164,6 +165,29 @@ def torch_peer(
     return lambda: np.array([score(batch) for batch in batches], np.float32)
 
 
+def computed(config: presets.InternVLConfig, num_tiles: int, count: int) -> list[dict[str, Any]]:
+    """One line a program: flops of its products, attention as much of it as is not masked, without padding."""
+    language, prompt = config.language, PROMPT_TOKENS + num_tiles * config.image_tokens_per_tile
+    lengths = [CONTINUATIONS[number % len(CONTINUATIONS)] for number in range(count)]
+    at_step = 2 * language.width * language.vocab_size  # the head, for one position
+
+    def forward(num_tokens: int, num_logits: int) -> float:
+        without_head = step.forward_flops(config, num_tiles, num_tokens) - workload.NUM_STEPS * at_step
+        return without_head + num_logits * at_step
+
+    # What comes after the prompt: one more token costs what it adds to the forward pass of its own chain.
+    after = sum(forward(prompt + length, 1) - forward(prompt, 0) for length in lengths)
+    flops = {
+        "shared": forward(prompt, 0) + after,
+        "one_by_one": sum(forward(prompt + length, 1) for length in lengths),
+        "published": sum(forward(prompt + length, prompt + length) for length in lengths),
+    }
+    return [
+        {"program": name, "N": count, "tiles": num_tiles, "TFLOP": each / 1e12, "times shared": each / flops["shared"]}
+        for name, each in flops.items()
+    ]
+
+
 def measure(
     config: presets.InternVLConfig, num_tiles: int, count: int, names: list[str], rounds: int
 ) -> list[dict[str, Any]]:
@@ -205,6 +229,7 @@ def main() -> None:
     parser.add_argument("--candidates", default="8", help="N, comma-separated")
     parser.add_argument("--tiles", default="1,7", help="of the question, thumbnail included")
     parser.add_argument("--programs", default="shared,batched,one_by_one,published,torch")
+    parser.add_argument("--computed", action="store_true", help="count the products, run nothing")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("scoring.json"), help="where the figures go")
     args = parser.parse_args()
@@ -220,12 +245,13 @@ def main() -> None:
         "platform": platform.platform(),
         "jax": jax.__version__,
     }
-    found = [
-        row
-        for count in map(int, args.candidates.split(","))
-        for num_tiles in map(int, args.tiles.split(","))
-        for row in measure(config, num_tiles, count, names, args.rounds)
-    ]
+    found = []
+    for count in map(int, args.candidates.split(",")):
+        for num_tiles in map(int, args.tiles.split(",")):
+            if args.computed:
+                found += computed(config, num_tiles, count)
+            else:
+                found += measure(config, num_tiles, count, names, args.rounds)
     options = {name: str(value) for name, value in vars(args).items()} | {"attention": attention, "dtype": dtype}
     args.json.write_text(json.dumps({"machine": machine, "options": options, "rows": found}, indent=2) + "\n")
     print(f"{machine['device']}, jax {machine['jax']}, {args.size}, {dtype}, attention {attention}\n")

@@ -112,3 +112,18 @@ def test_the_scoring_benchmark_compares_equal_scores(monkeypatch, tmp_path, caps
         assert row["difference"] < 1e-4 and row["times shared"] > 0
         assert (row["N"], row["prompt tokens"]) == (3, 20 + CONFIG.image_tokens_per_tile)
     assert "| times shared |" in capsys.readouterr().out
+
+
+def test_the_computed_products_of_scoring():
+    """A candidate alone shares with nobody; the more of them, the nearer to the prompt run once for all."""
+    times = {
+        count: {row["program"]: row["times shared"] for row in scoring.computed(CONFIG, 1, count)}
+        for count in (1, 8, 64)
+    }
+    assert times[1]["one_by_one"] == pytest.approx(1)
+    assert 1 < times[8]["one_by_one"] < times[64]["one_by_one"] < 64
+    (alone,) = [row for row in scoring.computed(CONFIG, 1, 1) if row["program"] == "one_by_one"]
+    num_tokens = scoring.PROMPT_TOKENS + CONFIG.image_tokens_per_tile + scoring.CONTINUATIONS[0]
+    others = (workload.NUM_STEPS - 1) * 2 * CONFIG.language.width * CONFIG.language.vocab_size
+    assert alone["TFLOP"] * 1e12 == pytest.approx(step.forward_flops(CONFIG, 1, num_tokens) - others)
+    assert all(each["published"] > each["one_by_one"] for each in times.values())

@@ -1,15 +1,20 @@
 """Chains that begin alike are found, and packed so that nothing of them is lost."""
 
 import itertools
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dreamprm_jax.data import sharing
 from dreamprm_jax.data.example import GPT, HUMAN, Turn
+from dreamprm_jax.data.images import count_tiles, image_size
+from dreamprm_jax.data.records import FileRules, parse_example
 from dreamprm_jax.data.sharing import Outline, find_groups
+from dreamprm_jax.data.tokens import encode_many, load_tokenizer
 from tests.test_batches import ROWS, encode, png, text_only
 from tests.test_dataset import OnDisk
 
@@ -193,3 +198,33 @@ def test_an_image_of_another_content_is_another_image():
     assert sharing.outline(encode(chains_of_a_question(1)).encoded[0], [b"ab", b"c"], 0).images != (
         sharing.outline(encode(chains_of_a_question(1)).encoded[0], [b"a", b"bc"], 0).images
     )
+
+
+def meta_chains(shared):
+    """The published meta set's chains as a data set without pictures: of 30 real images, one by each question's id."""
+    rows = json.loads((shared / "mmmu/meta_MMMU_Pro.json").read_text())
+    tokenizer = load_tokenizer(shared / "tokenizer")
+    sizes = [image_size(path, path.name) for path in sorted((shared / "mmmu/images").glob("*_*.png"))[:30]]
+    find = FileRules(lambda name: Path(name), "images")
+    chains = [parse_example({**row, "image": row["id"]}, n, "meta", find) for n, row in enumerate(rows)]
+    tiles = [[count_tiles(*sizes[sum(row["id"].encode()) % len(sizes)], max_tiles=6)] for row in rows]
+    encoded = encode_many(tokenizer, chains, tiles, 256)
+    return SimpleNamespace(
+        rows=np.arange(len(rows)),
+        load_tokens=lambda row: (encoded[row], chains[row].images),
+        num_labels=np.array([len(each.labels) for each in encoded]),
+        questions=[row["id"] for row in rows],
+    )
+
+
+def test_the_published_meta_set(shared):
+    """Its 414 questions of four are found, and docs/evaluation.md says how many programs 11 shapes make of them."""
+    dataset = meta_chains(shared)
+    outlines = [sharing.outline(*dataset.load_tokens(row), row) for row in dataset.rows.tolist()]
+    groups = find_groups(outlines)
+    assert [len(members) for members, _ in groups] == [4] * 414
+    assert all(len({dataset.questions[chain.row] for chain in members}) == 1 for members, _ in groups)
+    batches = [batch for window in sharing.plan(dataset, 8, 5) for batch in window.batches]
+    prefixes = {(batch.prefix, batch.size) for batch in batches}
+    parts = {(batch.prefix, batch.size, tokens) for batch in batches for tokens in batch.part_tokens}
+    assert (len(prefixes), len(parts)) == (15, 32)
