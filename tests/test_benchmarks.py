@@ -116,13 +116,11 @@ def test_the_scoring_benchmark_compares_equal_scores(monkeypatch, tmp_path, caps
 
 def test_the_computed_products_of_scoring():
     """A candidate alone shares with nobody; the more of them, the nearer to the prompt run once for all."""
-    times = {
-        count: {row["program"]: row["times shared"] for row in scoring.computed(CONFIG, 1, count)}
-        for count in (1, 8, 64)
-    }
+    found = {count: scoring.computed(CONFIG, 1, count) for count in (1, 8, 64)}
+    times = {count: {row["program"]: row["times shared"] for row in rows} for count, rows in found.items()}
     assert times[1]["one_by_one"] == pytest.approx(1)
     assert 1 < times[8]["one_by_one"] < times[64]["one_by_one"] < 64
-    (alone,) = [row for row in scoring.computed(CONFIG, 1, 1) if row["program"] == "one_by_one"]
+    (alone,) = [row for row in found[1] if row["program"] == "one_by_one"]
     num_tokens = scoring.PROMPT_TOKENS + CONFIG.image_tokens_per_tile + scoring.CONTINUATIONS[0]
     others = (workload.NUM_STEPS - 1) * 2 * CONFIG.language.width * CONFIG.language.vocab_size
     assert alone["TFLOP"] * 1e12 == pytest.approx(step.forward_flops(CONFIG, 1, num_tokens) - others)
