@@ -95,6 +95,7 @@ def test_a_question_runs_once(model, monkeypatch):
     found = scoring.score_dataset(model, dataset, batch_size=4, aggregate="mean")
     assert begun == [(1, 1)]
     assert parts == [4, 2]  # six chains, the others are copies
+    assert len(found) == 20
     for row, scores in enumerate(found):
         assert scores.full.tolist() == found[row % 6].full.tolist()
 
