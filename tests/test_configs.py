@@ -161,3 +161,23 @@ def test_values_that_cannot_be_are_one_line(flags, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("judge", "me"), ("splitter", "none"), ("step_score", "both"), ("ties", "middle"), ("num_samples", 0),
+     ("threshold", 1.5), ("held_out", 1.0), ("questions_shown", -1), ("image_side", -1)],
+)  # fmt: skip
+def test_an_evaluation_has_its_ranges(field, value):
+    cfg = config("evaluate")
+    cfg.evaluate[field] = value
+    with pytest.raises(ValueError, match=f"--config.evaluate.{field}={value}: must be"):
+        ranges.validate(cfg)
+
+
+def test_only_selection_takes_aggregations_that_are_no_probabilities():
+    for name in ("table", "compare"):
+        cfg = config(name)
+        cfg.aggregate = "sum_logit"
+        with pytest.raises(ValueError, match="--config.aggregate=sum_logit: a meta loss needs a probability"):
+            ranges.validate(cfg)

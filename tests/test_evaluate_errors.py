@@ -16,6 +16,7 @@ from evaluating import (
 )
 
 from configs import prepare as prepare_config
+from dreamprm_jax.errors import InputError
 from dreamprm_jax.evaluate import run_evaluation
 from dreamprm_jax.prepare import run_prepare
 
@@ -120,3 +121,13 @@ def test_a_chain_that_is_too_long_is_counted_as_unscored(checkpoint, tmp_path):
     assert len(read_lines(tmp_path / "work" / "scores.jsonl")) == 8
     for name in ("results.md", "report.html"):
         assert "1 response could not be scored: the steps count as scored 0" in (tmp_path / "work" / name).read_text()
+
+
+def test_candidates_that_changed_are_refused(tmp_path):
+    fields = {"candidates__path": write_candidates(tmp_path, CANDIDATES)}
+    run_evaluation(config(**fields), tmp_path / "work")
+    write_candidates(tmp_path, CANDIDATES[:2])
+    with pytest.raises(
+        InputError, match=r"config.json: was begun with data\..*candidates.jsonl=.*give another --workdir"
+    ):
+        run_evaluation(config(**fields), tmp_path / "work")
