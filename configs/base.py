@@ -31,6 +31,13 @@ def get_config() -> config_dict.ConfigDict:
     cfg.model.remat = "none"
     cfg.model.matmul_precision = "default"  # default | highest (float32 parity on an accelerator)
 
+    # Devices that share the work, data * fsdp * tensor of them (docs/distributed.md): data divides the batch; fsdp the
+    # batch, and the large parameters with their moments; tensor heads and hidden widths
+    cfg.mesh = config_dict.ConfigDict()
+    cfg.mesh.data = 1  # >= 0; 0: as many as are left
+    cfg.mesh.fsdp = 1  # >= 1
+    cfg.mesh.tensor = 1  # >= 1, a divisor of the heads of both towers
+
     cfg.images = config_dict.ConfigDict()
     cfg.images.max_tiles = 6  # tiles per image without the thumbnail, 1 to 40
     # Tiles per row, thumbnails included, which its images share alike; None: no limit but the model's context
@@ -70,6 +77,9 @@ def get_config() -> config_dict.ConfigDict:
     cfg.num_inner_steps = 1  # inner steps that each meta-gradient looks through, >= 1
     cfg.batch_size = 1  # training rows per inner step
     cfg.meta_batch_size = 1  # meta rows per iteration
+    # Training rows at a time, a divisor of batch_size, the gradient added up: saves memory. None: all at once; where
+    # each row has a gradient of its own (dot, recompute, clip_place=per_example) one on each device
+    cfg.micro_batch_size = config_dict.placeholder(int)
     # Meta rows at a time, a divisor of meta_batch_size, the gradient added up: saves memory. None: all at once
     cfg.meta_micro_batch_size = config_dict.placeholder(int)
     # Estimator of the meta-gradient (docs/bilevel.md): auto (the cheapest exact one) | unrolled | dot | tangent |

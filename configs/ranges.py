@@ -49,6 +49,9 @@ CHECKS = {
     "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.remat": _one_of("none", "dots", "full"),
     "model.matmul_precision": _one_of("default", "highest"),
+    "mesh.data": _at_least(0),
+    "mesh.fsdp": _at_least(1),
+    "mesh.tensor": _at_least(1),
     "images.tile_budget": _at_least(1),
     "images.max_tiles": ((lambda value: 1 <= value <= 40), "from 1 to 40"),
     **{
@@ -59,6 +62,7 @@ CHECKS = {
     "num_steps": _at_least(0),
     "batch_size": _at_least(1),
     "meta_batch_size": _at_least(1),
+    "micro_batch_size": _at_least(1),
     "meta_micro_batch_size": _at_least(1),
     "num_inner_steps": _at_least(1),
     "hypergradient": _one_of(
@@ -158,11 +162,10 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             f"--config.prepare.balance={cfg.prepare.balance}: where all rows are taken there is nothing to balance; "
             "set --config.prepare.sample"
         )
-    if cfg.meta_micro_batch_size and cfg.meta_batch_size % cfg.meta_micro_batch_size:
-        raise ValueError(
-            f"--config.meta_micro_batch_size={cfg.meta_micro_batch_size}: must divide meta_batch_size "
-            f"({cfg.meta_batch_size})"
-        )
+    for whole in ("batch_size", "meta_batch_size"):
+        part = whole.replace("batch", "micro_batch")
+        if cfg[part] and cfg[whole] % cfg[part]:
+            raise ValueError(f"--config.{part}={cfg[part]}: must divide {whole} ({cfg[whole]})")
     relative = [feature for feature in cfg.weighting.features if feature.startswith("relative_")]
     if cfg.weighting.name == "net" and relative and cfg.batch_size == 1:
         raise ValueError(

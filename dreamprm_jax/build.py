@@ -24,6 +24,7 @@ from dreamprm_jax.data.example import Example
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.sharding import num_row_shards
 from dreamprm_jax.types import SUPERVISED, Batch, PyTree
 
 
@@ -41,7 +42,7 @@ class TrainingData(NamedTuple):
 def record(cfg: Any) -> dict[str, Any]:
     """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names.
 
-    It tells them from others of the same name.
+    It tells them from others of the same name. The mesh is left out: a run may go on with other devices.
 
     Raises:
       InputError: a file that cannot be read.
@@ -51,7 +52,8 @@ def record(cfg: Any) -> dict[str, Any]:
         *(cfg.candidates.path, cfg.candidates.scores, cfg.benchmark.path, cfg.benchmark.scores),
     )
     data = {path: _fingerprint(path) for path in paths if path is not None}
-    return {"config": cfg.to_dict(), "data": data}
+    config = {name: value for name, value in cfg.to_dict().items() if name != "mesh"}
+    return {"config": config, "data": data}
 
 
 def _fingerprint(path: str) -> str:
@@ -281,4 +283,6 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
         num_inner_steps=cfg.num_inner_steps,
         detached=cfg.weighting.detached,
         example_clip_norm=cfg.inner.clip_norm if cfg.inner.clip_place == "per_example" else None,
+        micro_batch_size=cfg.micro_batch_size,
+        num_shards=num_row_shards(model.config.mesh),
     )

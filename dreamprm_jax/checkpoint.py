@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
+from dreamprm_jax import sharding
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.data.tokens import PRMTokenizer, load_tokenizer, wrap
 from dreamprm_jax.errors import InputError
@@ -84,7 +86,7 @@ def save_model_card(workdir: Path, config: presets.InternVLConfig, tokenizer: PR
     write_text(workdir / MODEL / "tokenizer.json", tokenizer.tokenizer.to_str())
 
 
-def load_model(cfg: Any, seed: int, forward_mode: bool = False) -> Model:
+def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | None = None) -> Model:
     """Loads what `cfg` (the config's `model`) names, and applies its compute settings.
 
     Args:
@@ -92,6 +94,7 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False) -> Model:
         fresh tiny model with the embedded benchmark's tokenizer.
       seed: of fresh parameters.
       forward_mode: whether the model will be pushed forward or differentiated twice: what `attention=auto` may take.
+      mesh: devices that it is divided among; None: one.
 
     Raises:
       InputError: names what is missing or does not fit.
@@ -114,9 +117,28 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False) -> Model:
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding {config.language.vocab_size} "
             "rows: set model.tokenizer to the checkpoint's own"
         )
-    config = dataclasses.replace(config, remat=cfg.remat, compute_dtype=cfg.compute_dtype, attention=attention)
+    _check_heads(config, mesh)
+    config = dataclasses.replace(
+        config, remat=cfg.remat, compute_dtype=cfg.compute_dtype, attention=attention, mesh=mesh
+    )
     dtype = jnp.dtype(cfg.param_dtype)
-    return Model(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), tokenizer)
+    params = jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params)
+    return Model(config, sharding.place(mesh, params), tokenizer)
+
+
+def _check_heads(config: presets.InternVLConfig, mesh: Mesh | None) -> None:
+    """Heads are whole on a device.
+
+    Raises:
+      InputError: the mesh's `tensor` does not divide the heads of both towers.
+    """
+    ways, heads = mesh.shape["tensor"] if mesh else 1, (config.vision.num_heads, config.language.num_heads)
+    if any(number % ways for number in heads):
+        fitting = [n for n in range(1, min(heads) + 1) if not any(number % n for number in heads)]
+        raise InputError(
+            f"--config.mesh.tensor={ways}: does not divide the {heads[0]} heads of the vision tower and the {heads[1]} "
+            f"of the language model; choose from {', '.join(map(str, fitting))}"
+        )
 
 
 def _attention(cfg: Any, forward_mode: bool) -> str:

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from dreamprm_jax import bilevel, build, steps
+from dreamprm_jax import bilevel, build, sharding, steps
 from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, load_model, save_model_card
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
@@ -30,7 +30,9 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: a user's mistake, see the rooms that read.
     """
-    model = load_model(cfg.model, cfg.seed, steps.needs_forward_mode(cfg))
+    mesh = sharding.make_mesh(sharding.Layout(**cfg.mesh))
+    steps.check_rows(cfg, mesh)
+    model = load_model(cfg.model, cfg.seed, steps.needs_forward_mode(cfg), mesh)
     data = build.training_data(cfg, model)
     weighting, levels = build.instance_weighting(cfg, data.train, model), steps.levels(cfg)
     problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
@@ -46,6 +48,7 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     save_model_card(workdir, model.config, model.tokenizer)
     num_remembered = len(data.train) if cfg.weighting.name == "net" else 0
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params, num_remembered)
+    state = sharding.place(mesh, state)
     snapshot = train(cfg, workdir, run, state)
     model = model._replace(params=bilevel.scoring_params(snapshot.state))
     return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
@@ -82,23 +85,23 @@ def phases(
     estimator: str | None,
 ) -> list[tuple[Phase, Any]]:
     """The run's phases, in order, each with the optimizer of its inner level."""
-    found, first_step = [], 0
+    found, first_step, mesh = [], 0, model.config.mesh
     for name in SUPERVISED:
         phase, dataset = cfg[name], getattr(data, name)
         if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
-            step, tx = steps.supervised(cfg, phase, problem)
+            step, tx = steps.supervised(cfg, phase, problem, mesh)
             stream = build.stream_of(cfg, name, dataset)
-            found.append((Phase(name, first_step, phase.num_steps, step, (stream,)), tx))
+            found.append((Phase(name, first_step, phase.num_steps, step, (stream,), mesh), tx))
             first_step += phase.num_steps
     if cfg.num_steps:
         streams = [build.stream_of(cfg, "train", data.train)]
         if estimator is None:
             clip_norm = steps.clip_of_weighted(cfg)
-            name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay)
+            name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay, mesh)
         else:
-            name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting)
+            name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting, mesh)
             streams.append(build.stream_of(cfg, "meta", data.meta))
-        found.append((Phase(name, first_step, cfg.num_steps, step, tuple(streams)), levels.inner_tx))
+        found.append((Phase(name, first_step, cfg.num_steps, step, tuple(streams), mesh), levels.inner_tx))
     return found
 
 
@@ -131,4 +134,4 @@ def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot) -> Snapshot:
     train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
     progress = {**snapshot.progress, "phase": phase.name, "next_step": 0}
     state = snapshot.state._replace(train=train_state)
-    return Snapshot(bilevel.with_ema(state) if state.ema else state, progress)
+    return Snapshot(sharding.place(phase.mesh, bilevel.with_ema(state) if state.ema else state), progress)

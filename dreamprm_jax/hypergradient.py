@@ -12,6 +12,7 @@ their step with its. docs/bilevel.md has the derivations, docs/reproduction.md t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,13 +28,17 @@ from dreamprm_jax.inner import (
     cotangents,
     example_gradients,
     example_loss,
+    in_order,
+    in_turns,
     inner_gradient,
     inner_steps,
     last_batch,
     mean_weighted_loss,
-    one_by_one,
+    of_each,
     over_steps,
     real_rows,
+    rows_at_once,
+    side_by_side,
     step_record,
     unit_factors,
 )
@@ -72,14 +77,16 @@ def dot(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, 
     leave nothing to divide by. Reverse mode alone.
     """
     check_estimator(problem, "dot")
-    values, gradients = example_gradients(problem, state.params, batch)  # leaves [B, ...]
-    norms = jax.lax.map(norm, gradients)
-    factors = clip_factor(problem, norms)
+    values, gradients = example_gradients(problem, state.params, batch)  # leaves [turns, at_once, ...]
+
+    def of_gradients(take: Callable[[PyTree], PyTree]) -> PyTree:  # leaves [B]
+        return in_order(jax.lax.map(lambda turn: side_by_side(take, turn), gradients))
+
+    factors = clip_factor(problem, of_gradients(norm))
     coefficients = cotangents(problem, meta_params, batch, values, factors)[0]  # [B]: c_i w_i / B
-    grads = jax.tree.map(lambda leaf: _weighted_sum(coefficients, leaf), gradients)
+    grads = _weighted_gradient(coefficients, gradients)
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
-    slopes, scales = jax.lax.map(lambda gradient: _slope_and_scale(u, gradient), gradients)  # [B]: <u, grad l_i>
-    slopes, zero = _drop_residues(slopes, scales)
+    slopes, zero = _drop_residues(*of_gradients(partial(_slope_and_scale, u)))  # <u, grad l_i>
     meta_grad = _meta_slope(problem, meta_params, batch, values, (slopes, None), factors)
     record = step_record(problem, meta_params, batch, values, factors, grads)
     return meta_grad, new_state, {**record, **meta_aux, "zero_share": _share(batch, zero)}
@@ -98,7 +105,7 @@ def recompute(problem: Problem, state: TrainState, meta_params: PyTree, batch: B
     def slope(example: Batch) -> tuple[jax.Array, jax.Array]:
         return _slope_and_scale(u, jax.grad(example_loss, argnums=1)(problem, state.params, example))
 
-    slopes, zero = _drop_residues(*jax.lax.map(slope, one_by_one(batch)))
+    slopes, zero = _drop_residues(*in_order(of_each(problem, slope, batch)))
     meta_grad = _meta_slope(problem, meta_params, batch, inner.values, (slopes, None), inner.factors)
     return meta_grad, new_state, {**inner.record, **meta_aux, "zero_share": _share(batch, zero)}
 
@@ -262,14 +269,17 @@ def _clip_slope(
     active = norms > problem.example_clip_norm
     scales = jnp.where(active, -slopes * factors / jnp.where(active, jnp.square(norms), 1.0), 0.0)
 
-    def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
-        example, scale = row
+    def curvature(example: Batch, scale: jax.Array) -> PyTree:
         gradient = jax.grad(lambda params: example_loss(problem, params, example))
         direction = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), gradient(params))
-        _, curvature = jax.jvp(gradient, (params,), (direction,))
-        return jax.tree.map(jnp.add, total, curvature), None
+        return jax.jvp(gradient, (params,), (direction,))[1]
 
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (one_by_one(batch), scales))
+    def add(total: PyTree, turn: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
+        parts = side_by_side(curvature, *turn)
+        return jax.tree.map(lambda leaf, part: leaf + jnp.sum(part, axis=0), total, parts), None
+
+    rows = in_turns((jax.tree.map(lambda leaf: leaf[:, None], batch), scales), rows_at_once(problem))
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
     return total
 
 
@@ -348,9 +358,14 @@ def _meta_slope(
     return pull((losses_slope, outputs_slope))[0]
 
 
-def _weighted_sum(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
-    """[B], [B, ...] -> [...], in full float32, which an accelerator's products are not by default."""
-    return jnp.einsum("b,b...->...", coefficients, leaf, precision="highest").astype(leaf.dtype)
+def _weighted_gradient(coefficients: jax.Array, gradients: PyTree) -> PyTree:
+    """[B] and leaves [turns, at_once, ...] -> [...], in the gradients' own type."""
+
+    def add_up(leaf: jax.Array) -> jax.Array:
+        in_turn = in_turns(coefficients, leaf.shape[1])
+        return jnp.einsum("tb,tb...->...", in_turn, leaf, precision="highest").astype(leaf.dtype)
+
+    return jax.tree.map(add_up, gradients)
 
 
 def _slope_and_scale(u: PyTree, gradient: PyTree) -> tuple[jax.Array, jax.Array]:

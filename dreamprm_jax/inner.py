@@ -39,6 +39,9 @@ class Problem(NamedTuple):
     detached: the inner gradient takes the weights for constants. False lets it flow through them, as published.
     example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
       weighted gradient is part of `inner_tx`.)
+    micro_batch_size: rows at a time, a divisor of B, whose activations are held together (`in_turns`). None: all of
+      them, but one from each of `num_shards` where every row needs a gradient of its own.
+    num_shards: among how many devices the rows of a batch are divided.
 
     `batch` is any pytree whose leaves lead with B. Where it has a field or key `example_mask` [B], rows that are false
     there count for nothing.
@@ -51,6 +54,8 @@ class Problem(NamedTuple):
     num_inner_steps: int = 1
     detached: bool = True
     example_clip_norm: float | None = None
+    micro_batch_size: int | None = None
+    num_shards: int = 1
 
 
 class InnerPass(NamedTuple):
@@ -72,20 +77,14 @@ def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
     """`meta_loss`, taken `size` rows at a time, its gradient added up on the way: the activations of `size` rows.
 
     For a loss and aux that are means over the real rows. Reverse mode once, which is all that an estimator asks of a
-    meta loss.
-
-    Raises:
-      ValueError: (when called) B is not a multiple of `size`.
+    meta loss. Raises (when called) as `in_turns`.
     """
 
     def mean_of(take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
         """The mean over chunks of what `take` gives for each, by their real rows; float32 at least on the way."""
-        num_rows = jax.tree.leaves(batch)[0].shape[0]
-        if num_rows % size:
-            raise ValueError(f"a meta batch of {num_rows} rows cannot be taken {size} at a time: give a divisor")
-        real = jnp.sum(real_rows(batch, jnp.zeros(num_rows)).reshape(-1, size), axis=1)
+        real = jnp.sum(in_turns(real_rows(batch, jnp.zeros(num_rows(batch))), size), axis=1)
         shares = real / jnp.maximum(jnp.sum(real), 1)  # of each chunk
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(num_rows // size, size, *leaf.shape[1:]), batch)
+        chunks = in_turns(batch, size)
 
         def add(total: PyTree, part: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
             share, chunk = part
@@ -115,9 +114,56 @@ def example_loss(problem: Problem, params: PyTree, example: Batch) -> jax.Array:
     return jnp.sum(problem.losses(params, example)[0])
 
 
-def one_by_one(batch: PyTree) -> PyTree:
-    """[B, ...] -> [B, 1, ...]: a scan over it sees batches of one."""
-    return jax.tree.map(lambda leaf: leaf[:, None], batch)
+def num_rows(batch: Batch) -> int:
+    """B."""
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def in_turns(tree: PyTree, at_once: int) -> PyTree:
+    """[B, ...] -> [B / at_once, at_once, ...]: rows that are taken one after the other, `at_once` of them side by side.
+
+    Turn t has the rows t, t + B / at_once, ...: where devices have neighbouring rows, each has its share of every turn.
+
+    Raises:
+      ValueError: B is not a multiple of `at_once`.
+    """
+
+    def split(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] % at_once:
+            raise ValueError(f"{leaf.shape[0]} rows cannot be taken {at_once} at a time: give a divisor")
+        return leaf.reshape(at_once, leaf.shape[0] // at_once, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def in_order(tree: PyTree) -> PyTree:
+    """[turns, at_once, ...] -> [B, ...]: the inverse of `in_turns`."""
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)
+
+
+def of_each(problem: Problem, take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
+    """What `take` gives for every row as a batch of one: leaves [turns, at_once, ...]."""
+    ones = jax.tree.map(lambda leaf: leaf[:, :, None], in_turns(batch, rows_at_once(problem)))
+    return _map(lambda turn: side_by_side(take, turn), ones)
+
+
+def rows_at_once(problem: Problem) -> int:
+    """How many rows have a gradient of their own taken at a time."""
+    return problem.micro_batch_size or problem.num_shards
+
+
+def side_by_side(take: Callable[..., PyTree], *trees: PyTree) -> PyTree:
+    """`take`, of each entry of the leading axis; no batched products where there is one entry alone."""
+    if jax.tree.leaves(trees)[0].shape[0] > 1:
+        return jax.vmap(take)(*trees)
+    return jax.tree.map(lambda leaf: leaf[None], take(*jax.tree.map(lambda leaf: leaf[0], trees)))
+
+
+def _map(take: Callable[[PyTree], PyTree], trees: PyTree) -> PyTree:
+    """`jax.lax.map`, without a loop where there is nothing to repeat."""
+    if jax.tree.leaves(trees)[0].shape[0] > 1:
+        return jax.lax.map(take, trees)
+    return jax.tree.map(lambda leaf: leaf[None], take(jax.tree.map(lambda leaf: leaf[0], trees)))
 
 
 def mean_weighted_loss(
@@ -145,32 +191,60 @@ def inner_gradient(problem: Problem, params: PyTree, meta_params: PyTree, batch:
     """g, the gradient of the weighted loss."""
     if problem.example_clip_norm is not None:
         return _clipped_gradient(problem, params, meta_params, batch)
-    if problem.detached:  # the outputs get no cotangent at all, rather than zeros that cost a pass over the logits
-        losses, pull, outputs = jax.vjp(lambda params: problem.losses(params, batch), params, has_aux=True)
-        values = (losses, outputs)
-        (grads,) = pull(cotangents(problem, meta_params, batch, values, unit_factors(values))[0])
-    else:
-        values, pull = jax.vjp(lambda params: problem.losses(params, batch), params)
-        (grads,) = pull(cotangents(problem, meta_params, batch, values, unit_factors(values)))
+    if problem.micro_batch_size not in (None, num_rows(batch)):
+        return _gradient_in_turns(problem, params, meta_params, batch)
+    values, grads = _pulled(
+        problem, params, batch, lambda values: cotangents(problem, meta_params, batch, values, unit_factors(values))
+    )
     factors = unit_factors(values)
     return grads, InnerPass(values, factors, None, step_record(problem, meta_params, batch, values, factors, grads))
 
 
+def _pulled(problem: Problem, params: PyTree, batch: Batch, gamma: Callable[[Values], Values]) -> tuple[Values, PyTree]:
+    """(values, J^T gamma(values))."""
+    if problem.detached:  # the outputs get no cotangent at all, rather than zeros that cost a pass over the logits
+        losses, pull, outputs = jax.vjp(lambda params: problem.losses(params, batch), params, has_aux=True)
+        values = (losses, outputs)
+        return values, pull(gamma(values)[0])[0]
+    values, pull = jax.vjp(lambda params: problem.losses(params, batch), params)
+    return values, pull(gamma(values))[0]
+
+
+def _gradient_in_turns(problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
+    """g added up over the turns, in the memory of `micro_batch_size` rows."""
+    values = problem.losses(params, batch)  # where the weights look at no outputs, the compiler drops this pass
+    gammas = cotangents(problem, meta_params, batch, values, unit_factors(values))
+
+    def add(total: PyTree, turn: tuple[Batch, Values]) -> tuple[PyTree, jax.Array]:
+        rows, gamma = turn
+        (losses, _), part = _pulled(problem, params, rows, lambda values: gamma)
+        return jax.tree.map(jnp.add, total, widen(part)), losses
+
+    turns = in_turns((batch, gammas), problem.micro_batch_size)
+    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), turns)
+    grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)
+    values, factors = (in_order(losses), values[1]), unit_factors(values)
+    return grads, InnerPass(values, factors, None, step_record(problem, meta_params, batch, values, factors, grads))
+
+
 def _clipped_gradient(problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
-    """g with a clip per example: each example's own gradient in turn, in the memory of two whatever B is."""
+    """g with a clip per example: the examples' own gradients in turn, in the memory of two whatever B is."""
     values = problem.losses(params, batch)  # where the weights look at no outputs, the compiler drops this pass
     coefficients = cotangents(problem, meta_params, batch, values, unit_factors(values))[0]  # [B]: w_i / B
 
     def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, tuple[jax.Array, ...]]:
         example, coefficient = row
-        loss, own = jax.value_and_grad(example_loss, argnums=1)(problem, params, example)
-        size = norm(own)
-        factor = clip_factor(problem, size)
-        total = jax.tree.map(lambda leaf, part: leaf + factor * coefficient * part, total, own)
-        return total, (loss, size, factor)
+        loss, own = side_by_side(
+            lambda example: jax.value_and_grad(example_loss, argnums=1)(problem, params, example), example
+        )
+        sizes = side_by_side(norm, own)
+        factors = clip_factor(problem, sizes)
+        total = jax.tree.map(lambda leaf, part: leaf + weighted_sum(factors * coefficient, part), total, own)
+        return total, (loss, sizes, factors)
 
-    rows = (one_by_one(batch), coefficients)
-    grads, (losses, norms, factors) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), rows)
+    rows = in_turns((jax.tree.map(lambda leaf: leaf[:, None], batch), coefficients), rows_at_once(problem))
+    grads, found = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), rows)
+    losses, norms, factors = in_order(found)
     grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)
     values = (losses, values[1])
     if not problem.detached:  # the weights' share couples the rows: only now are all the factors known
@@ -179,8 +253,13 @@ def _clipped_gradient(problem: Problem, params: PyTree, meta_params: PyTree, bat
     return grads, InnerPass(values, factors, norms, step_record(problem, meta_params, batch, values, factors, grads))
 
 
+def weighted_sum(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
+    """[B], [B, ...] -> [...], in full float32, which an accelerator's products are not by default."""
+    return jnp.einsum("b,b...->...", coefficients, leaf, precision="highest")
+
+
 def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[Values, PyTree]:
-    """(values, every example's own gradient with leaves [B, ...])."""
+    """(values, every example's own gradient with leaves [turns, at_once, ...]: `in_turns`)."""
 
     def own(example: Batch) -> tuple[PyTree, Values]:
         def loss(params: PyTree) -> tuple[jax.Array, Values]:
@@ -189,11 +268,8 @@ def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[V
 
         return jax.grad(loss, has_aux=True)(params)
 
-    if jax.tree.leaves(batch)[0].shape[0] == 1:  # no loop where there is nothing to repeat
-        gradient, values = own(batch)
-        return values, jax.tree.map(lambda leaf: leaf[None], gradient)
-    gradients, values = jax.lax.map(own, one_by_one(batch))  # in turn: the activations of one example at a time
-    return jax.tree.map(lambda leaf: leaf[:, 0], values), gradients
+    gradients, values = of_each(problem, own, batch)
+    return jax.tree.map(lambda leaf: leaf[:, 0], in_order(values)), gradients
 
 
 def clip_factor(problem: Problem, norm: jax.Array) -> jax.Array:

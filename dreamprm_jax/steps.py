@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from dreamprm_jax import bilevel, hypergradient, optimizers
+from dreamprm_jax import bilevel, hypergradient, optimizers, sharding
 from dreamprm_jax.bilevel import Step
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.hypergradient import ESTIMATORS, EXACT, REVERSE_ONLY
 from dreamprm_jax.inner import Problem, inner_steps
-from dreamprm_jax.types import Batch, BilevelState, PyTree
+from dreamprm_jax.types import SUPERVISED, Batch, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting, uniform
 
 
@@ -44,7 +45,7 @@ def schedule(level: Any, peak: float, num_steps: int) -> optimizers.Schedule:
     return optimizers.SCHEDULES[level.schedule](peak, num_steps, level.warmup)
 
 
-def supervised(cfg: Any, phase: Any, problem: Problem) -> tuple[Step, optax.GradientTransformation]:
+def supervised(cfg: Any, phase: Any, problem: Problem, mesh: Mesh | None) -> tuple[Step, optax.GradientTransformation]:
     """The jitted step of a phase of plain supervised training, and its optimizer.
 
     `phase` is the config's `pretrain` or `cold_start`; all weights are 1, whatever weighting the problem has.
@@ -54,7 +55,27 @@ def supervised(cfg: Any, phase: Any, problem: Problem) -> tuple[Step, optax.Grad
     plain = problem._replace(
         weights=uniform().apply, inner_tx=tx, num_inner_steps=1, detached=True, example_clip_norm=None
     )
-    return plain_step(plain, rate, phase.clip_norm, cfg.ema_decay), tx
+    return plain_step(plain, rate, phase.clip_norm, cfg.ema_decay, mesh), tx
+
+
+def check_rows(cfg: Any, mesh: Mesh | None) -> None:
+    """Every batch of the run is divided evenly among the devices, and so are its parts.
+
+    Raises:
+      InputError: names the field that is not a multiple.
+    """
+    shards = sharding.num_row_shards(mesh)
+    fields = {f"{phase}.batch_size": cfg[phase].batch_size for phase in SUPERVISED if cfg[phase].num_steps}
+    if cfg.num_steps:
+        fields |= {"batch_size": cfg.batch_size, "micro_batch_size": cfg.micro_batch_size}
+    if cfg.num_steps and cfg.weighting.name != "uniform":
+        fields |= {"meta_batch_size": cfg.meta_batch_size, "meta_micro_batch_size": cfg.meta_micro_batch_size}
+    for name, size in fields.items():
+        if size is not None and size % shards:
+            raise InputError(
+                f"--config.{name}={size}: must be a multiple of {shards}, since mesh.data times mesh.fsdp devices "
+                "divide its rows"
+            )
 
 
 def clip_of_weighted(cfg: Any) -> float | None:
@@ -140,7 +161,9 @@ def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int) 
     return cfg.hypergradient
 
 
-def plain_step(problem: Problem, rate: optimizers.Schedule, clip_norm: float | None, ema_decay: float | None) -> Step:
+def plain_step(
+    problem: Problem, rate: optimizers.Schedule, clip_norm: float | None, ema_decay: float | None, mesh: Mesh | None
+) -> Step:
     """The jitted step of supervised training: the inner steps alone, whatever weights the problem has."""
 
     @partial(jax.jit, donate_argnums=0)
@@ -149,12 +172,14 @@ def plain_step(problem: Problem, rate: optimizers.Schedule, clip_norm: float | N
         train, metrics = inner_steps(problem, state.train, {}, batch)
         del metrics["instance_weights"], metrics["effective_sample_size"]
         state = bilevel.track_ema(state._replace(train=train), ema_decay)
-        return state, _for_the_log({**metrics, "lr": rate(count)}, clip_norm)
+        return sharding.settle(mesh, state, _for_the_log({**metrics, "lr": rate(count)}, batch, clip_norm))
 
     return step
 
 
-def weighted_step(cfg: Any, problem: Problem, estimator: str, rates: Levels, weights: Weighting) -> Step:
+def weighted_step(
+    cfg: Any, problem: Problem, estimator: str, rates: Levels, weights: Weighting, mesh: Mesh | None
+) -> Step:
     """The jitted bilevel step."""
     estimate = ESTIMATORS[estimator]
 
@@ -172,7 +197,8 @@ def weighted_step(cfg: Any, problem: Problem, estimator: str, rates: Levels, wei
         if cfg.log_meta_grad:
             of_rows = cfg.weighting.name == "table"
             metrics["meta_grad"] = meta_grad["table"][batch.example_id] if of_rows else meta_grad
-        return bilevel.track_ema(state, cfg.ema_decay), _for_the_log(metrics, clip_of_weighted(cfg))
+        state = bilevel.track_ema(state, cfg.ema_decay)
+        return sharding.settle(mesh, state, _for_the_log(metrics, batch, clip_of_weighted(cfg)))
 
     return step
 
@@ -186,8 +212,9 @@ def _identity_cosine(
     return optax.tree.vdot(meta_grad, other) / jnp.where(norms > 0, norms, 1.0)
 
 
-def _for_the_log(metrics: dict[str, jax.Array], clip_norm: float | None) -> dict[str, jax.Array]:
+def _for_the_log(metrics: dict[str, jax.Array], batch: Batch, clip_norm: float | None) -> dict[str, jax.Array]:
     del metrics["losses"]
+    metrics |= {"example_id": batch.example_id, "example_mask": batch.example_mask}  # a process may have some of them
     norms = metrics["grad_norm"]  # [] or [K]: a clip is active where it is in any of the inner steps
     metrics["clip_active"] = jnp.any(norms > clip_norm) if clip_norm is not None else jnp.array(False)
     return metrics | {"grad_norm": jnp.mean(norms)}

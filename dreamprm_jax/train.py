@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dreamprm_jax.bilevel import Step
 from dreamprm_jax.checkpoint import Checkpoints, Snapshot
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import MetricsWriter
+from dreamprm_jax.sharding import place_rows
 from dreamprm_jax.types import Batch
 
 OpenStream = Callable[[int], grain.DatasetIterator]
@@ -30,6 +32,7 @@ class Phase(NamedTuple):
     num_steps: int
     step: Step  # (state, *batches) -> (state, metrics), jitted, pure
     streams: tuple[OpenStream, ...]  # one batch of each goes into every step
+    mesh: Mesh | None = None  # of the step's devices; None: one
 
 
 class Cadence(NamedTuple):
@@ -43,7 +46,6 @@ class _Pending(NamedTuple):
     """A step that was dispatched but not yet waited for: fetching it late keeps the accelerator busy."""
 
     step: int
-    batch: Batch
     metrics: dict[str, jax.Array]
 
 
@@ -58,11 +60,10 @@ def run_phase(
     start, state = snapshot.progress["next_step"], snapshot.state
     began = time.perf_counter() - snapshot.progress["seconds"]
     logger = _Logger(phase, writer, cadence.log_every)
-    with closing(_placed_batches(phase.streams, start)) as upcoming:
+    with closing(_placed_batches(phase, start)) as upcoming:
         for step in range(start, phase.num_steps):
-            batch, placed = next(upcoming)
-            state, metrics = phase.step(state, *placed)
-            logger.push(_Pending(step, batch, metrics))
+            state, metrics = phase.step(state, *next(upcoming))
+            logger.push(_Pending(step, metrics))
             done = step + 1
             if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
                 logger.flush()  # every line up to a checkpoint is on disk before it, and its loss is finite
@@ -72,16 +73,17 @@ def run_phase(
     return snapshot
 
 
-def _placed_batches(streams: Sequence[OpenStream], start: int) -> Iterator[tuple[Batch, list[Batch]]]:
-    """Of every step from `start` on the first stream's batch as read, and all streams' batches on the device.
+def _placed_batches(phase: Phase, start: int) -> Iterator[list[Batch]]:
+    """Of every step from `start` on the streams' batches, on the devices.
 
-    The next step's are on their way to the device while this one's are used.
+    The next step's are on their way while this one's are used.
     """
     with ExitStack() as stack:
-        readers = [stack.enter_context(closing(open_at(start))) for open_at in streams]
-        ready: deque[tuple[Batch, list[Batch]]] = deque()
+        readers = [stack.enter_context(closing(open_at(start))) for open_at in phase.streams]
+        ready: deque[list[Batch]] = deque()
         for batches in zip(*readers, strict=True):
-            ready.append((batches[0], jax.device_put(list(batches))))
+            # [B], or [K, B] of several inner steps
+            ready.append([place_rows(phase.mesh, batch, batch.example_id.ndim - 1) for batch in batches])
             if len(ready) > 1:
                 yield ready.popleft()
         yield from ready
@@ -102,29 +104,29 @@ class _Logger:
     def flush(self) -> None:
         if self._pending is None:
             return
-        step, batch, metrics = self._pending
+        step, metrics = self._pending
         self._pending = None
         losses = {name: float(metrics[name]) for name in ("inner_loss", "meta_loss") if name in metrics}
-        self._check_finite(step, batch, losses)
+        self._check_finite(step, losses, metrics)
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         self._writer.advance(self._phase.name, losses)
         if step % self._log_every == 0:
-            line = _line(self._phase, step, batch, jax.device_get(metrics))
+            line = _line(self._phase, step, jax.device_get(metrics))
             self._writer.write({**line, "examples_per_second": round(len(line["example_ids"]) / seconds, 3)})
 
-    def _check_finite(self, step: int, batch: Batch, losses: dict[str, float]) -> None:
+    def _check_finite(self, step: int, losses: dict[str, float], metrics: dict[str, jax.Array]) -> None:
         if not all(np.isfinite(list(losses.values()))):
-            rows = batch.example_id[batch.example_mask].tolist()
+            rows = np.asarray(metrics["example_id"])[np.asarray(metrics["example_mask"])].tolist()
             raise InputError(
                 f"step {step} of {self._phase.name}: the loss is {losses} on rows {rows}; lower inner.lr (or "
                 "cold_start.lr) or set inner.clip_norm. Checkpoints and metrics up to the last save are kept"
             )
 
 
-def _line(phase: Phase, step: int, batch: Batch, metrics: dict[str, Any]) -> dict[str, Any]:
+def _line(phase: Phase, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """One line of metrics.jsonl; `step` counts over the whole run."""
-    real = batch.example_mask
-    example_ids = batch.example_id[real].tolist()
+    real = metrics.pop("example_mask")
+    example_ids = metrics.pop("example_id")[real].tolist()
     line = {"step": phase.first_step + step, "phase": phase.name, "example_ids": example_ids, **metrics}
     if "instance_weights" in line:
         line["instance_weights"] = line["instance_weights"][real]

@@ -82,6 +82,7 @@ def test_the_gradient_is_the_mean_of_clipped_gradients_weighted():
     weights, rows = {"table": jnp.linspace(0.2, 1.2, NUM_EXAMPLES)}, batch_of([0, 1, 4, 5])
     new_state, aux = step(state, weights, rows)
     _, own = jax.jit(lambda batch: inner.example_gradients(problem, state.params, batch))(rows)
+    own = inner.in_order(own)
     norms = np.linalg.norm(own["kernel"].reshape(4, -1), axis=1)
     clipped = np.minimum(1.0, 0.5 / norms)[:, None, None] * own["kernel"]
     expected = np.mean(np.asarray(weights["table"])[rows.example_id][:, None, None] * clipped, axis=0)

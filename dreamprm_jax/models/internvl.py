@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.models.layers import divided
 from dreamprm_jax.models.presets import IMAGENET_MEAN, IMAGENET_STD, InternVLConfig
 from dreamprm_jax.models.qwen2 import KeysValues, Qwen2
 from dreamprm_jax.models.vit import InternViT, Projector, pixel_shuffle
@@ -53,8 +54,8 @@ def vision_states(config: InternVLConfig, params: PyTree, pixels: jax.Array) -> 
 def encode_pixels(config: InternVLConfig, params: PyTree, pixels: jax.Array) -> jax.Array:
     """Normalised pixels [P, height, width, 3] -> image features [P, I, D] of the language model's width."""
     patches = vision_states(config, params, pixels)[:, 1:]  # the class token is dropped
-    shuffled = pixel_shuffle(patches, config.shuffle_factor)
-    return Projector(config).apply({"params": params["projector"]}, shuffled)
+    shuffled = divided(pixel_shuffle(patches, config.shuffle_factor), config)
+    return divided(Projector(config).apply({"params": params["projector"]}, shuffled), config)
 
 
 def encode_images(config: InternVLConfig, params: PyTree, tiles: jax.Array) -> jax.Array:
@@ -103,7 +104,7 @@ def features_of_rows(config: InternVLConfig, params: PyTree, tiles: jax.Array) -
     if num_tiles == 0:
         return jnp.zeros((num_rows, 0, config.language.width), config.compute_dtype)
     features = encode_images(config, params, tiles.reshape(-1, *tiles.shape[2:]))
-    return features.reshape(num_rows, num_tiles * config.image_tokens_per_tile, -1)
+    return divided(features.reshape(num_rows, num_tiles * config.image_tokens_per_tile, -1), config)
 
 
 def language_states(config: InternVLConfig, params: PyTree, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamprm_jax.models.presets import InternVLConfig
+from dreamprm_jax.sharding import by_rows, by_width
 
 
 def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
@@ -81,6 +82,22 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(mean_square + self.eps) * match_rank(scale, x)).astype(x.dtype)
 
 
+def divided(x: jax.Array, config: InternVLConfig) -> jax.Array:
+    """An activation that leads with rows (or their tiles), on the devices that have the rows: without a word XLA might
+    rather move activations to the parts of the weights."""
+    if config.mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, by_rows(config.mesh, x.shape[0]))
+
+
+def divided_by_width(x: jax.Array, config: InternVLConfig) -> jax.Array:
+    """Rows of an embedding [B, T, D] on the devices that have their rows, by way of those that have their part of D:
+    in one step XLA would send everything to everyone."""
+    if config.mesh is None:
+        return x
+    return divided(jax.lax.with_sharding_constraint(x, by_width(config.mesh, x.shape)), config)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -103,7 +120,7 @@ def attend(
     Returns:
       [B, T, N, H].
     """
-    if seen is not None and jax.default_backend() != "cpu":
+    if seen is not None and (jax.default_backend() != "cpu" or config.mesh is not None):
         return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=config.attention)
     if config.attention == "cudnn":
         num_rows, num_tokens = q.shape[:2]
@@ -111,7 +128,7 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
         )
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and config.mesh is None:  # its loop over heads cannot be divided
         return attend_in_blocks(q, k, v, causal or seen is not None, seen)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 

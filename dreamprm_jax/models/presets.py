@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.sharding import Mesh
+
 from dreamprm_jax.errors import InputError
 
 # Mean and standard deviation of the red, green and blue channel in [0, 1]: what InternViT was trained with.
@@ -69,6 +71,7 @@ class InternVLConfig:
     remat: str = "none"
     attention: str = "xla"  # xla | cudnn: cudnn is fused (GPU, bfloat16) but has no forward mode (jax.jvp)
     scan_unroll: int = 1  # layers per turn of the loop over layers: more compiles longer and may run faster
+    mesh: Mesh | None = None  # of the devices that share the computation (sharding.py); None: one device
 
     def __post_init__(self) -> None:
         _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamprm_jax.models.layers import Linear, RMSNorm, attend, scan_layers, with_filler
+from dreamprm_jax.models.layers import Linear, RMSNorm, attend, divided, divided_by_width, scan_layers, with_filler
 from dreamprm_jax.models.presets import InternVLConfig, LanguageConfig
 
 
@@ -55,8 +55,9 @@ class LanguageBlock(nn.Module):
         """[B, T, D] -> [B, T, D], causal; with a past of U positions, what `seen` [B, T, U + T] says."""
         eps = self.config.language.rms_norm_eps
         mixed, keys_values = self.attention(RMSNorm(eps, name="norm1")(x), cos, sin, past, seen)
-        x = x + mixed
-        return x + self.mlp(RMSNorm(eps, name="norm2")(x)), keys_values if self.keeps else None
+        x = divided(x + mixed, self.config)
+        x = divided(x + self.mlp(RMSNorm(eps, name="norm2")(x)), self.config)
+        return x, keys_values if self.keeps else None
 
     def attention(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, past: KeysValues | None, seen: jax.Array | None
@@ -107,14 +108,14 @@ class Qwen2(nn.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, T] -> [B, T, D] in the compute type; an id outside the vocabulary gives NaN."""
         rows = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan)
-        return rows.astype(self.config.compute_dtype)
+        return divided_by_width(rows.astype(self.config.compute_dtype), self.config)
 
     def hidden_states(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeddings [B, T, D] -> normalised hidden states [B, S, D] at `positions` [B, S]."""
         x, _ = with_filler(x, self.config)  # it comes last, where causal attention sees it from itself alone
         cos, sin = rotary_angles(self.config.language, jnp.arange(x.shape[1])[None])
         x, _ = self.layers(x, cos, sin)
-        return self.norm(jnp.take_along_axis(x, positions[:, :, None], axis=1))
+        return self.norm(divided(jnp.take_along_axis(x, positions[:, :, None], axis=1), self.config))
 
     def begin(self, x: jax.Array) -> KeysValues:
         """Embeddings [B, T, D] -> keys and values of every position; causal."""
@@ -138,7 +139,7 @@ class Qwen2(nn.Module):
         """
         cos, sin = rotary_angles(self.config.language, positions)
         x, keys_values = self.layers(x, cos, sin, past, seen)
-        return self.norm(jnp.take_along_axis(x, wanted[:, :, None], axis=1)), keys_values
+        return self.norm(divided(jnp.take_along_axis(x, wanted[:, :, None], axis=1), self.config)), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] -> logits [B, S, V], float32, since a loss subtracts nearly equal ones."""

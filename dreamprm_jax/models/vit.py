@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamprm_jax.models.layers import LayerNorm, Linear, attend, match_rank, scan_layers, with_filler
+from dreamprm_jax.models.layers import LayerNorm, Linear, attend, divided, match_rank, scan_layers, with_filler
 from dreamprm_jax.models.presets import InternVLConfig
 
 
@@ -22,9 +22,9 @@ class VisionBlock(nn.Module):
         ls1 = self.param("ls1", scale_init, (vision.width,))
         ls2 = self.param("ls2", scale_init, (vision.width,))
         attention = self.attention(LayerNorm(vision.layer_norm_eps, name="norm1")(x))
-        x = x + attention * match_rank(ls1, x).astype(x.dtype)
+        x = divided(x + attention * match_rank(ls1, x).astype(x.dtype), self.config)
         mlp = self.mlp(LayerNorm(vision.layer_norm_eps, name="norm2")(x))
-        return x + mlp * match_rank(ls2, x).astype(x.dtype), None
+        return divided(x + mlp * match_rank(ls2, x).astype(x.dtype), self.config), None
 
     def attention(self, x: jax.Array) -> jax.Array:
         vision = self.config.vision
@@ -58,7 +58,7 @@ class InternViT(nn.Module):
         class_tokens = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, vision.width))
         x = jnp.concatenate([class_tokens, x], axis=1)
         x = x + match_rank(positions, x).astype(x.dtype)
-        x, num_filler = with_filler(x, self.config)
+        x, num_filler = with_filler(divided(x, self.config), self.config)
         x, _ = scan_layers(VisionBlock, self.config, vision.num_layers)(self.config, name="layers")(x)
         return x[:, : x.shape[1] - num_filler]
 
@@ -69,7 +69,7 @@ class InternViT(nn.Module):
         patches = pixels.reshape(pixels.shape[0], grid, size, grid, size, 3).swapaxes(2, 3)
         equation, kernel = "prchwi,hwid->prcd", (size, size, 3, vision.width)
         x = Linear(equation, kernel, name="patch_embedding")(patches)
-        return x.reshape(x.shape[0], grid**2, vision.width)
+        return divided(x.reshape(x.shape[0], grid**2, vision.width), self.config)
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:

@@ -1,0 +1,180 @@
+"""Where arrays live on a mesh of devices: one table from a parameter's path to its axes, and the mesh itself.
+
+The mesh has three axes. XLA puts in the communication that the placement calls for; nothing here sends anything.
+
+    data    the batch's rows are divided; parameters are the same everywhere
+    fsdp    rows are divided here too, and so is every large parameter with its gradient and moments: each device keeps
+            its part and gathers a layer's weights when it needs them (ZeRO-3)
+    tensor  heads and hidden widths are divided: several devices work on one row
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dreamprm_jax.errors import InputError
+from dreamprm_jax.types import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+
+ROWS = ("data", "fsdp")
+"""The axes that divide the rows of a batch."""
+
+PARAMETERS: dict[str, PartitionSpec] = {
+    # [V, D]
+    "embedding|lm_head": PartitionSpec("tensor", "fsdp"),
+    # [L, D, N, H] and their biases [L, N, H]; the K key-value heads as far as they go round
+    "layers/(q|k|v)/kernel": PartitionSpec(None, "fsdp", "tensor"),
+    "layers/(q|k|v)/bias": PartitionSpec(None, "tensor"),
+    # [L, D, 3, N, H]
+    "layers/qkv/kernel": PartitionSpec(None, "fsdp", None, "tensor"),
+    "layers/qkv/bias": PartitionSpec(None, None, "tensor"),
+    # [L, N, H, D]
+    "layers/out/kernel": PartitionSpec(None, "tensor", None, "fsdp"),
+    # [L, D, F]
+    "layers/(gate|up|fc1)/kernel": PartitionSpec(None, "fsdp", "tensor"),
+    "layers/fc1/bias": PartitionSpec(None, "tensor"),
+    # [L, F, D]
+    "layers/(down|fc2)/kernel": PartitionSpec(None, "tensor", "fsdp"),
+    # [shuffled D, D], [D, D]
+    "projector/fc1/kernel": PartitionSpec("fsdp", "tensor"),
+    "projector/fc1/bias": PartitionSpec("tensor"),
+    "projector/fc2/kernel": PartitionSpec("tensor", "fsdp"),
+    # an entry for each training row, where there are many (`place`)
+    "table|rows": PartitionSpec(ROWS),
+}
+"""The end of an array's path -> the mesh axes of its own axes; what is not here, norms and other biases, is whole
+everywhere. Moments and averages have their parameter's path at the end of theirs."""
+
+LARGE = 2**20
+"""Entries from which on a table of training rows is divided: below, it takes less than 12 MB with its moments."""
+
+
+class Layout(NamedTuple):
+    """How many devices each axis of the mesh has; `data` = 0: as many as are left."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(layout: Layout) -> Mesh | None:
+    """The mesh of that layout over the first devices there are; None for a single device, which needs none.
+
+    Raises:
+      InputError: the devices there are do not make it up.
+    """
+    found, rest = jax.device_count(), layout.fsdp * layout.tensor
+    sizes = layout if layout.data else layout._replace(data=max(1, found // rest))
+    wanted = math.prod(sizes)
+    asked = " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, layout, strict=True))
+    if wanted > found:
+        raise InputError(f"{asked}: needs {wanted} devices, and there are {found}")
+    if jax.process_count() > 1 and wanted != found:
+        raise InputError(f"{asked}: takes {wanted} of {found} devices; several processes must use all of theirs")
+    if wanted == 1:
+        return None
+    devices = jax.devices()[:wanted]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def num_row_shards(mesh: Mesh | None) -> int:
+    """Parts that the rows of a batch are divided into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def partition(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """The axes of the array at `path` (`a/b/c`); an axis that cannot be divided evenly is left whole."""
+    for pattern, spec in PARAMETERS.items():
+        if re.search(f"(^|/)({pattern})$", path) and len(spec) <= len(shape):
+            if pattern == "table|rows" and shape[0] < LARGE:
+                break
+            return PartitionSpec(*(_if_divisible(mesh, axes, size) for axes, size in zip(spec, shape)))  # noqa: B905
+    return PartitionSpec()
+
+
+def _if_divisible(mesh: Mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return None if size % math.prod(mesh.shape[name] for name in names) else axes
+
+
+def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
+    """A `NamedSharding` for each leaf (an array or a shape) of parameters, or of a state that has them inside."""
+
+    def of(path: tuple, leaf: jax.Array) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition(mesh, name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Parameters or a state, the same in every process, onto the mesh: each device gets its part alone."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+
+    def put(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        return jax.device_put(np.asarray(leaf), sharding)  # numpy: jnp arrays would be compared across processes
+
+    return jax.tree.map(put, tree, shardings(mesh, tree))
+
+
+def settle(mesh: Mesh | None, state: PyTree, metrics: PyTree) -> tuple[PyTree, PyTree]:
+    """At the end of a step, under jit: the state where `place` puts it, what is logged whole on every device."""
+    if mesh is None:
+        return state, metrics
+    keep = jax.lax.with_sharding_constraint
+    return keep(state, shardings(mesh, state)), keep(metrics, jax.tree.map(lambda _: whole(mesh), metrics))
+
+
+def own_shards(mesh: Mesh | None) -> list[int]:
+    """Which of the parts of a batch's rows this process has devices for, in order."""
+    if mesh is None:
+        return [0]
+    slices = by_rows(mesh, num_row_shards(mesh)).addressable_devices_indices_map((num_row_shards(mesh),)).values()
+    return sorted({rows[0].start or 0 for rows in slices})
+
+
+def place_rows(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
+    """Numpy arrays that hold this process's rows (`own_shards`) on `axis`, as arrays over all rows, divided."""
+    if mesh is None:
+        return jax.device_put(tree)
+    own, shards = own_shards(mesh), num_row_shards(mesh)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        size = leaf.shape[axis] // len(own)  # rows of a part
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start = own.index((index[axis].start or 0) // size) * size
+            return leaf[*[slice(None)] * axis, start : start + size]
+
+        shape = (*leaf.shape[:axis], size * shards, *leaf.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, by_rows(mesh, size * shards, axis), part)
+
+    return jax.tree.map(put, tree)
+
+
+def by_rows(mesh: Mesh, num_rows: int, axis: int = 0) -> NamedSharding:
+    """Rows, on that axis of an array, divided; whole where they do not go round."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _if_divisible(mesh, ROWS, num_rows)))
+
+
+def by_width(mesh: Mesh, shape: tuple[int, int, int]) -> NamedSharding:
+    """[B, T, D]: `data` divides the rows, `fsdp` the width, as an embedding's width is."""
+    return NamedSharding(
+        mesh, PartitionSpec(_if_divisible(mesh, "data", shape[0]), None, _if_divisible(mesh, "fsdp", shape[2]))
+    )
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
