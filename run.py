@@ -1,7 +1,9 @@
 """The entry point: `python run.py --config=configs/NAME.py[:ARG,...] [--workdir=DIR] [--config.FIELD=VALUE ...]`."""
 
 import difflib
+import io
 import json
+import os
 import re
 import sys
 import traceback
@@ -128,10 +130,23 @@ def find_task(cfg):
     return device_task(cfg)
 
 
+def join(cfg) -> None:
+    """Joins the processes that share the run; all but the first keep quiet."""
+    from dreamprm_jax import sharding
+
+    given = cfg.distributed
+    sharding.join(given.coordinator, given.num_processes, given.process_id)
+    if not sharding.is_first():
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is loaded
+        sys.stdout = io.StringIO()
+
+
 def device_task(cfg):
     """What runs `config.task`, the devices set up."""
     import jax  # after parsing: a wrong flag answers at once
 
+    if cfg.distributed.coordinator:
+        join(cfg)
     if cfg.model.matmul_precision == "highest":
         jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dreamprm_jax"))
@@ -155,6 +170,15 @@ def device_task(cfg):
     return run_training
 
 
+def leave(status: int) -> int:
+    """The exit status of a run that ends early; one of several processes ends here and now, since at a usual exit it
+    would wait for the others, which wait for it."""
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def main(argv: list[str]) -> int:
     """Parses, dispatches on `config.task`, turns a user's mistake into exit status 2."""
     if {"--help", "-h", "-help"} & set(argv):
@@ -165,10 +189,13 @@ def main(argv: list[str]) -> int:
         summary = find_task(cfg)(cfg, workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return leave(2)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes what it began", file=sys.stderr)
-        return 130  # 128 + SIGINT, as a shell has it
+        return leave(130)  # 128 + SIGINT, as a shell has it
+    except Exception:
+        traceback.print_exc()
+        return leave(1)
     print(json.dumps(summary, indent=2))
     return 0
 

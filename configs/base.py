@@ -38,6 +38,13 @@ def get_config() -> config_dict.ConfigDict:
     cfg.mesh.fsdp = 1  # >= 1
     cfg.mesh.tensor = 1  # >= 1, a divisor of the heads of both towers
 
+    # Several processes that share the work, on one machine or many (docs/distributed.md). coordinator: HOST:PORT of the
+    # first, with the other two given | auto (SLURM, Open MPI, Kubernetes, TPU pods say it all). None: one process
+    cfg.distributed = config_dict.ConfigDict()
+    cfg.distributed.coordinator = config_dict.placeholder(str)
+    cfg.distributed.num_processes = config_dict.placeholder(int)  # >= 1
+    cfg.distributed.process_id = config_dict.placeholder(int)  # of this one, from 0
+
     cfg.images = config_dict.ConfigDict()
     cfg.images.max_tiles = 6  # tiles per image without the thumbnail, 1 to 40
     # Tiles per row, thumbnails included, which its images share alike; None: no limit but the model's context

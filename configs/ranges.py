@@ -49,6 +49,8 @@ CHECKS = {
     "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.remat": _one_of("none", "dots", "full"),
     "model.matmul_precision": _one_of("default", "highest"),
+    "distributed.num_processes": _at_least(1),
+    "distributed.process_id": _at_least(0),
     "mesh.data": _at_least(0),
     "mesh.fsdp": _at_least(1),
     "mesh.tensor": _at_least(1),
@@ -156,6 +158,11 @@ def validate(cfg: config_dict.ConfigDict) -> None:
     if cfg.task in ("train", "compare") and cfg.aggregate not in PROBABILITIES:
         raise ValueError(
             f"--config.aggregate={cfg.aggregate}: a meta loss needs a probability: {', '.join(PROBABILITIES)}"
+        )
+    if cfg.distributed.coordinator and cfg.task not in ("train", "score", "evaluate"):
+        raise ValueError(
+            f"--config.distributed.coordinator={cfg.distributed.coordinator}: task={cfg.task} is for one process; "
+            "several share training, scores and evaluations"
         )
     if cfg.prepare.balance != "none" and cfg.prepare.sample is None:
         raise ValueError(

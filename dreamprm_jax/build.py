@@ -24,8 +24,8 @@ from dreamprm_jax.data.example import Example
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets
-from dreamprm_jax.sharding import num_row_shards
-from dreamprm_jax.types import SUPERVISED, Batch, PyTree
+from dreamprm_jax.sharding import num_row_shards, table_length
+from dreamprm_jax.types import SUPERVISED, Batch, PyTree, Share
 
 
 class TrainingData(NamedTuple):
@@ -42,7 +42,8 @@ class TrainingData(NamedTuple):
 def record(cfg: Any) -> dict[str, Any]:
     """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names.
 
-    It tells them from others of the same name. The mesh is left out: a run may go on with other devices.
+    It tells them from others of the same name. Which devices and processes do the work is left out: a run may go on
+    with others.
 
     Raises:
       InputError: a file that cannot be read.
@@ -52,7 +53,7 @@ def record(cfg: Any) -> dict[str, Any]:
         *(cfg.candidates.path, cfg.candidates.scores, cfg.benchmark.path, cfg.benchmark.scores),
     )
     data = {path: _fingerprint(path) for path in paths if path is not None}
-    config = {name: value for name, value in cfg.to_dict().items() if name != "mesh"}
+    config = {name: value for name, value in cfg.to_dict().items() if name not in ("mesh", "distributed")}
     return {"config": config, "data": data}
 
 
@@ -158,14 +159,15 @@ def plan_of(cfg: Any, stream: str, dataset: Dataset) -> batches.Plan:
     )
 
 
-def stream_of(cfg: Any, stream: str, dataset: Dataset) -> Callable[[int], Iterator[Batch]]:
-    """What opens a data stream (`plan_of`) at the batch of a step."""
+def stream_of(cfg: Any, stream: str, dataset: Dataset, share: Share) -> Callable[[int], Iterator[Batch]]:
+    """What opens a data stream (`plan_of`) at the batch of a step, for the rows that this process reads."""
     return partial(
         batches.training_batches,
         dataset,
         plan_of(cfg, stream, dataset),
         num_inner_steps=cfg.num_inner_steps if stream == "train" else 1,
         reading=reading(cfg),
+        share=share,
     )
 
 
@@ -179,7 +181,7 @@ def instance_weighting(cfg: Any, train: Dataset, model: Model) -> weighting.Weig
     if chosen.name == "uniform":
         return weighting.uniform()
     if chosen.name == "table":
-        made = weighting.instance_table(len(train), chosen.activation, chosen.minimum, chosen.maximum)
+        made = weighting.instance_table(table_length(len(train)), chosen.activation, chosen.minimum, chosen.maximum)
     elif chosen.name == "domain":
         domains = domain_names(train)
         numbers = {name: number for number, name in enumerate(domains)}
@@ -194,8 +196,18 @@ def instance_weighting(cfg: Any, train: Dataset, model: Model) -> weighting.Weig
         )
     if chosen.init is None:
         return made
-    meta_params = made.project(read_meta_params(chosen.init, jax.eval_shape(made.init)))
+    fresh = made.init()
+    read = read_meta_params(chosen.init, trimmed(fresh, len(train)))
+    # Only a table that was rounded up is longer than what a file holds of it.
+    meta_params = made.project({name: fresh[name].at[: len(leaf)].set(leaf) for name, leaf in read.items()})
     return made._replace(init=lambda: meta_params)
+
+
+def trimmed(meta_params: PyTree, num_rows: int) -> PyTree:
+    """What is kept of meta_params: of a table that was rounded up (`sharding.table_length`) the rows' entries."""
+    rounded = table_length(num_rows)
+    is_rounded = {name: name == "table" and len(leaf) == rounded for name, leaf in meta_params.items()}
+    return {name: leaf[:num_rows] if is_rounded[name] else leaf for name, leaf in meta_params.items()}
 
 
 def domain_names(train: Dataset) -> list[str]:

@@ -106,7 +106,7 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
         # XLA's own generator: the default one takes three times as long to compile for this many arrays.
         params = internvl.init(config, jax.random.key(seed, impl="rbg"))
     elif (Path(cfg.checkpoint) / CHECKPOINTS).is_dir():
-        config, params = load_workdir(Path(cfg.checkpoint))
+        config, params = load_workdir(Path(cfg.checkpoint), mesh)
         tokenizer = load_tokenizer(cfg.tokenizer or Path(cfg.checkpoint) / MODEL)
     else:
         directory = convert.checkpoint_directory(cfg.checkpoint)
@@ -156,16 +156,15 @@ def _attention(cfg: Any, forward_mode: bool) -> str:
     return best if cfg.attention == "auto" else cfg.attention
 
 
-def load_workdir(workdir: Path) -> tuple[presets.InternVLConfig, PyTree]:
-    """The newest parameters of a run of ours.
+def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.InternVLConfig, PyTree]:
+    """The newest parameters of a run of ours, on that mesh, whichever it ran on.
 
     Raises:
       InputError: no finished checkpoint in it.
     """
     config = config_json.config_from_json(workdir / MODEL / "config.json")
     shapes = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    shapes = sharding.shapes(mesh, shapes)
     with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute()) as manager:
         step = manager.latest_step()
         if step is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamprm_jax import build, evaluation, evaluation_report
+from dreamprm_jax import build, evaluation, evaluation_report, sharding
 from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import noisy_steps, raw
 from dreamprm_jax.data.candidates import Contest, disagreements, noisy_contests, read_contests, settled
@@ -24,7 +24,7 @@ from dreamprm_jax.evaluation import Judged, Scores, Settings
 from dreamprm_jax.evaluation_report import Evaluated
 from dreamprm_jax.metrics import METRICS_FILE, to_json, write_json_lines, write_text
 from dreamprm_jax.scoring import write_scores
-from dreamprm_jax.workdir import claim_workdir
+from dreamprm_jax.workdir import claim_workdir, files_of_process
 
 RESULTS_FILE, OUTCOMES_FILE, DISAGREEMENTS_FILE = "results.json", "outcomes.jsonl", "disagreements.jsonl"
 STEP_SCORE_FIELDS = {"full": "step_scores", "two_token": "step_scores_two_token"}
@@ -41,6 +41,11 @@ def run_evaluation(cfg: Any, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: before anything is compiled, a row, image or score that cannot be used, or a workdir of another run.
     """
+    with files_of_process(workdir, first=sharding.is_first()) as (own, _):
+        return _run_evaluation(cfg, own)
+
+
+def _run_evaluation(cfg: Any, workdir: Path) -> dict[str, Any]:
     check_sources(cfg)
     settings = settings_of(cfg)
     if (workdir / RESULTS_FILE).is_file() and (workdir / "config.json").is_file():
@@ -245,7 +250,9 @@ def _with_truth(prepared: PreparedExamples, row: int) -> Example:
 def _model(cfg: Any, contests: Sequence[Contest], judged: Judged | None) -> Model | None:
     """The config's model where something has no scores yet."""
     asked = [cfg.candidates] * bool(contests) + [cfg.benchmark] * (judged is not None)
-    return load_model(cfg.model, cfg.seed) if any(_is_for_model(cfg, source) for source in asked) else None
+    if not any(_is_for_model(cfg, source) for source in asked):
+        return None
+    return load_model(cfg.model, cfg.seed, mesh=sharding.make_mesh(cfg.mesh))
 
 
 def _scorer(

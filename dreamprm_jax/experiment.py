@@ -9,6 +9,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dreamprm_jax import bilevel, build, sharding, steps
 from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, load_model, save_model_card
 from dreamprm_jax.hypergradient import EXACT
@@ -19,7 +21,7 @@ from dreamprm_jax.results import finish
 from dreamprm_jax.train import Cadence, Phase, run_phase
 from dreamprm_jax.types import SUPERVISED, BilevelState
 from dreamprm_jax.weighting import Weighting
-from dreamprm_jax.workdir import claim_workdir
+from dreamprm_jax.workdir import claim_workdir, files_of_process
 
 
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
@@ -30,7 +32,13 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: a user's mistake, see the rooms that read.
     """
-    mesh = sharding.make_mesh(sharding.Layout(**cfg.mesh))
+    with files_of_process(workdir, first=sharding.is_first()) as (own, _):
+        return _run_training(cfg, own, workdir)
+
+
+def _run_training(cfg: Any, workdir: Path, shared: Path) -> dict[str, Any]:
+    """`workdir` is for the files of this process, `shared` for the checkpoints, which all processes write together."""
+    mesh = sharding.make_mesh(cfg.mesh)
     steps.check_rows(cfg, mesh)
     model = load_model(cfg.model, cfg.seed, steps.needs_forward_mode(cfg), mesh)
     data = build.training_data(cfg, model)
@@ -46,17 +54,18 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     for name in ("train", "meta") if cfg.num_steps else ("cold_start",):
         print(f"{name}: {getattr(data, name).describe()}", file=sys.stderr)
     save_model_card(workdir, model.config, model.tokenizer)
-    num_remembered = len(data.train) if cfg.weighting.name == "net" else 0
+    num_remembered = sharding.table_length(len(data.train)) if cfg.weighting.name == "net" else 0
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params, num_remembered)
     state = sharding.place(mesh, state)
-    snapshot = train(cfg, workdir, run, state)
+    snapshot = train(cfg, workdir, shared, run, state)
     model = model._replace(params=bilevel.scoring_params(snapshot.state))
     return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
 
 
 def resolve(cfg: Any, problem: Problem, model: Model) -> str:
     """The estimator of the run, told on stderr; warns where its optimizer hides the weights from the meta loss."""
-    fit = steps.gradients_that_fit(model.params)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    fit = steps.gradients_that_fit(model.params, model.config.mesh, memory)
     estimator = steps.resolve_estimator(cfg, problem, forward_mode=model.config.attention == "xla", fit=fit)
     print(
         f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {model.config.attention}",
@@ -86,26 +95,27 @@ def phases(
 ) -> list[tuple[Phase, Any]]:
     """The run's phases, in order, each with the optimizer of its inner level."""
     found, first_step, mesh = [], 0, model.config.mesh
+    share = sharding.share_of_process(mesh)
     for name in SUPERVISED:
         phase, dataset = cfg[name], getattr(data, name)
         if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
             step, tx = steps.supervised(cfg, phase, problem, mesh)
-            stream = build.stream_of(cfg, name, dataset)
+            stream = build.stream_of(cfg, name, dataset, share)
             found.append((Phase(name, first_step, phase.num_steps, step, (stream,), mesh), tx))
             first_step += phase.num_steps
     if cfg.num_steps:
-        streams = [build.stream_of(cfg, "train", data.train)]
+        streams = [build.stream_of(cfg, "train", data.train, share)]
         if estimator is None:
             clip_norm = steps.clip_of_weighted(cfg)
             name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay, mesh)
         else:
             name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting, mesh)
-            streams.append(build.stream_of(cfg, "meta", data.meta))
+            streams.append(build.stream_of(cfg, "meta", data.meta, share))
         found.append((Phase(name, first_step, cfg.num_steps, step, tuple(streams), mesh), levels.inner_tx))
     return found
 
 
-def train(cfg: Any, workdir: Path, run: list[tuple[Phase, Any]], state: BilevelState) -> Snapshot:
+def train(cfg: Any, workdir: Path, shared: Path, run: list[tuple[Phase, Any]], state: BilevelState) -> Snapshot:
     """Runs all phases, from the newest checkpoint where there is one.
 
     1. No checkpoint: start the first phase at `state`.
@@ -114,7 +124,7 @@ def train(cfg: Any, workdir: Path, run: list[tuple[Phase, Any]], state: BilevelS
     """
     if cfg.ema_decay is not None:
         state = bilevel.with_ema(state)
-    with closing(Checkpoints(workdir, cfg.checkpoints_to_keep)) as checkpoints:
+    with closing(Checkpoints(shared, cfg.checkpoints_to_keep)) as checkpoints:
         fresh = Snapshot(state, {"phase": None, "seconds": 0.0})
         snapshot = checkpoints.restore_latest(fresh) or fresh
         reached = [phase.name for phase, _ in run].index(snapshot.progress["phase"]) if snapshot is not fresh else -1

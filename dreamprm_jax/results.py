@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from safetensors.numpy import save_file
 from sklearn.metrics import roc_auc_score
 
-from dreamprm_jax import build, report
+from dreamprm_jax import build, report, sharding
 from dreamprm_jax.checkpoint import Model, Snapshot
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.dataset import Dataset, encode_all
@@ -25,7 +26,7 @@ from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
 from dreamprm_jax.scoring import score_dataset, with_plus_history
 from dreamprm_jax.selection import Field, best_of_n, field_of, packed
 from dreamprm_jax.step_benchmark import label_accuracy
-from dreamprm_jax.types import SUPERVISED, Batch, BilevelState
+from dreamprm_jax.types import SUPERVISED, Batch, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting, uniform
 
 
@@ -39,10 +40,11 @@ def instance_weights(
     """
     num_rows = len(data.train)
     if cfg.weighting.name == "net":
-        found = np.asarray(state.last_weights["rows"])
+        found = sharding.fetch(model.config.mesh, state.last_weights["rows"])
     else:
         every = Batch(*[None] * 6, example_id=np.arange(num_rows), example_mask=np.ones(num_rows, bool))
-        found = np.asarray(weighting.apply(state.meta_params, every, {}))
+        meta_params = sharding.fetch(model.config.mesh, state.meta_params)
+        found = np.asarray(weighting.apply(jax.tree.map(jnp.asarray, meta_params), every, {}))
     plan = build.plan_of(cfg, "train", data.train) if cfg.num_steps else None  # a cold start draws none of them
     visits = np.zeros(num_rows, int) if plan is None else batches.count_visits(plan, num_rows)
     lines = []
@@ -148,12 +150,20 @@ def field_of_lines(lines: Sequence[dict[str, Any]]) -> Field:
 def training_losses(cfg: Any, model: Model, train: Dataset) -> np.ndarray:
     """Each training row's loss under the model, [N] in nats."""
     problem = build.prm_problem(cfg, model, uniform().apply, optax.identity())
-    losses_of = jax.jit(lambda params, batch: problem.losses(params, batch)[0])
+    mesh = model.config.mesh
+    shards, share = sharding.num_row_shards(mesh), sharding.share_of_process(mesh)
+
+    @jax.jit
+    def losses_of(params: PyTree, batch: Batch) -> tuple[jax.Array, ...]:
+        values = problem.losses(params, batch)[0]
+        return sharding.everywhere(mesh, (values, batch.example_id, batch.example_mask))
+
     found = np.zeros(len(train))
-    with closing(batches.ordered_batches(train, max(64, cfg.batch_size), build.reading(cfg))) as stream:
+    size = -(-max(64, cfg.batch_size) // shards) * shards
+    with closing(batches.ordered_batches(train, size, build.reading(cfg), share)) as stream:
         for batch in stream:
-            values = np.asarray(losses_of(model.params, batch))
-            found[batch.example_id[batch.example_mask]] = values[batch.example_mask]
+            values, rows, real = jax.device_get(losses_of(model.params, sharding.place_rows(mesh, batch)))
+            found[rows[real]] = values[real]
     return found
 
 
@@ -200,7 +210,8 @@ def finish(
         weights = instance_weights(cfg, model, data, weighting, snapshot.state)
         write_json_lines(workdir / "instance_weights.jsonl", weights)
     if cfg.num_steps:
-        meta_params = {name: np.ascontiguousarray(leaf) for name, leaf in snapshot.state.meta_params.items()}
+        fetched = build.trimmed(sharding.fetch(model.config.mesh, snapshot.state.meta_params), len(data.train))
+        meta_params = {name: np.ascontiguousarray(leaf) for name, leaf in fetched.items()}
         save_file(meta_params, workdir / "meta_params.safetensors")
         auroc = corruption_auroc(weights) if estimator is not None else None
         summary |= {} if auroc is None else {"auroc": auroc}

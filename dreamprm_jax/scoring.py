@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dreamprm_jax import build, losses
+from dreamprm_jax import build, losses, sharding
 from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import batches, sharing
 from dreamprm_jax.data.dataset import Dataset
@@ -29,7 +29,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import METRICS_FILE, read_json_lines, to_json, write_json_lines
 from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.types import Continuations, Prefix, PyTree
-from dreamprm_jax.workdir import check_output, claim_workdir, open_alone
+from dreamprm_jax.workdir import check_output, claim_workdir, files_of_process, open_alone
 
 
 class ChainScores(NamedTuple):
@@ -57,8 +57,8 @@ def go_on(
 ) -> tuple[jax.Array, jax.Array, internvl.KeysValues]:
     """Both scores at the step positions of a part, [B, S] each; and its keys and values."""
     logits, keys_values = internvl.go_on(config, params, past, part)
-    full, two_token = losses.step_scores(logits, plus_id), losses.step_scores_two_token(logits, plus_id, minus_id)
-    return full, two_token, keys_values
+    scores = losses.step_scores(logits, plus_id), losses.step_scores_two_token(logits, plus_id, minus_id)
+    return *sharding.everywhere(config.mesh, scores), keys_values
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -111,13 +111,17 @@ def score_windows(
       progress: show a bar.
     """
     max_shapes = max(1, len(dataset.padded.shapes) // 2)
-    windows = sharing.plan(dataset, batch_size, max_shapes)[num_done // sharing.WINDOW :]
+    mesh = model.config.mesh
+    shards, share = sharding.num_row_shards(mesh), sharding.share_of_process(mesh)
+    windows = sharing.plan(dataset, batch_size, max_shapes, shards)[num_done // sharing.WINDOW :]
     plans = [batch for window in windows for batch in window.batches]
     total = sum(len(group.rows) for batch in plans for group in batch.groups)
     total += sum(len(window.copies) for window in windows)
     with (
-        tqdm(total=total, unit="chain", desc="score", mininterval=1.0, disable=not progress) as bar,
-        closing(batches.shared_batches(dataset, plans, reading)) as stream,
+        tqdm(
+            total=total, unit="chain", desc="score", mininterval=1.0, disable=not (progress and sharding.is_first())
+        ) as bar,
+        closing(batches.shared_batches(dataset, plans, reading, share)) as stream,
     ):
         for window in windows:
             found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -141,8 +145,9 @@ def _score_batches(
     sent: list[tuple[sharing.SharedBatch, list[Any]]] = []
     for _ in range(count):
         batch = next(stream)
-        past = begin(model.config, model.params, batch.prefix)
-        parts = [score_part(model.config, plus, minus, model.params, past, part) for part in batch.parts]
+        prefix, conts = (sharding.place_rows(model.config.mesh, tree) for tree in (batch.prefix, batch.parts))
+        past = begin(model.config, model.params, prefix)
+        parts = [score_part(model.config, plus, minus, model.params, past, part) for part in conts]
         sent.append((batch, parts))
         if len(sent) > 1:
             yield _fetch(*sent.pop(0))
@@ -218,13 +223,17 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
       InputError: before anything is compiled, the first row that cannot be scored, an output that cannot be written or
         that something else wrote, or a workdir of another run.
     """
+    with files_of_process(workdir, cfg.output, first=sharding.is_first()) as (own, output):
+        return _run_scoring(cfg, own, output or own / "scores.jsonl")
+
+
+def _run_scoring(cfg: Any, workdir: Path, output: Path) -> dict[str, Any]:
     judged = cfg.score.history == "plus"
     examples = build.read_file(cfg.input, "input", labels_required=not judged)
     if judged:
         examples = list(map(_judged, examples)) if isinstance(examples, list) else _JudgedOnDisk(examples)
-    model = load_model(cfg.model, cfg.seed)
+    model = load_model(cfg.model, cfg.seed, mesh=sharding.make_mesh(cfg.mesh))
     dataset = build.encoder(cfg, model)(examples)
-    output = Path(cfg.output) if cfg.output else workdir / "scores.jsonl"
     check_output(output, cfg.input.path)
     if output.exists() and output.stat().st_size and not (workdir / "config.json").is_file():
         raise InputError(f"--config.output={output}: exists already; remove it, or give another file")

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.types import PyTree
+from dreamprm_jax.types import WHOLE, PyTree, Share
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -57,6 +57,31 @@ LARGE = 2**20
 """Entries from which on a table of training rows is divided: below, it takes less than 12 MB with its moments."""
 
 
+def join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of several that share the work; before anything else of JAX is used.
+
+    Args:
+      coordinator: "auto": SLURM, Open MPI, Kubernetes or a TPU pod says all of it; else HOST:PORT of process 0.
+      num_processes, process_id: with HOST:PORT.
+
+    Raises:
+      InputError: they do not find each other.
+    """
+    address = None if coordinator == "auto" else coordinator
+    try:
+        jax.distributed.initialize(address, num_processes, process_id)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"--config.distributed.coordinator={coordinator}: the processes do not find each other ({error}); "
+            "docs/distributed.md has the commands"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes the run's files."""
+    return jax.process_index() == 0
+
+
 class Layout(NamedTuple):
     """How many devices each axis of the mesh has; `data` = 0: as many as are left."""
 
@@ -65,13 +90,17 @@ class Layout(NamedTuple):
     tensor: int = 1
 
 
-def make_mesh(layout: Layout) -> Mesh | None:
+def make_mesh(layout: Any) -> Mesh | None:
     """The mesh of that layout over the first devices there are; None for a single device, which needs none.
+
+    Args:
+      layout: a `Layout`, or what has its fields (the config's `mesh`).
 
     Raises:
       InputError: the devices there are do not make it up.
     """
-    found, rest = jax.device_count(), layout.fsdp * layout.tensor
+    layout, found = Layout(layout.data, layout.fsdp, layout.tensor), jax.device_count()
+    rest = layout.fsdp * layout.tensor
     sizes = layout if layout.data else layout._replace(data=max(1, found // rest))
     wanted = math.prod(sizes)
     asked = " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, layout, strict=True))
@@ -88,6 +117,12 @@ def make_mesh(layout: Layout) -> Mesh | None:
 def num_row_shards(mesh: Mesh | None) -> int:
     """Parts that the rows of a batch are divided into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def table_length(num_rows: int) -> int:
+    """Entries of a table of that many training rows: a large one is rounded up, so that it can be divided; those past
+    the rows stay as they begin. No matter what mesh there is, so that a checkpoint fits any."""
+    return num_rows if num_rows < LARGE else -(-num_rows // 1024) * 1024
 
 
 def partition(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
@@ -128,39 +163,67 @@ def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
     return jax.tree.map(put, tree, shardings(mesh, tree))
 
 
+def shapes(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Shapes or arrays as shapes that say where `place` puts them."""
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(lambda _: here, tree) if mesh is None else shardings(mesh, tree)
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, wanted)
+
+
+def bytes_on_device(mesh: Mesh | None, tree: PyTree) -> int:
+    """Of arrays or shapes, where `place` puts them: what each device keeps."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(shapes(mesh, tree))))
+
+
 def settle(mesh: Mesh | None, state: PyTree, metrics: PyTree) -> tuple[PyTree, PyTree]:
-    """At the end of a step, under jit: the state where `place` puts it, what is logged whole on every device."""
+    """At the end of a step, under jit: the state where `place` puts it, what is logged `everywhere`."""
     if mesh is None:
         return state, metrics
-    keep = jax.lax.with_sharding_constraint
-    return keep(state, shardings(mesh, state)), keep(metrics, jax.tree.map(lambda _: whole(mesh), metrics))
+    return jax.lax.with_sharding_constraint(state, shardings(mesh, state)), everywhere(mesh, metrics)
 
 
-def own_shards(mesh: Mesh | None) -> list[int]:
-    """Which of the parts of a batch's rows this process has devices for, in order."""
+def everywhere(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Under jit: small results whole on every device, so that every process can read them."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, whole(mesh))
+
+
+def share_of_process(mesh: Mesh | None) -> Share:
+    """The rows of every batch that this process has devices for."""
     if mesh is None:
-        return [0]
-    slices = by_rows(mesh, num_row_shards(mesh)).addressable_devices_indices_map((num_row_shards(mesh),)).values()
-    return sorted({rows[0].start or 0 for rows in slices})
+        return WHOLE
+    count = num_row_shards(mesh)
+    slices = by_rows(mesh, count).addressable_devices_indices_map((count,)).values()
+    return Share(tuple(sorted({rows[0].start or 0 for rows in slices})), count)
 
 
 def place_rows(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
-    """Numpy arrays that hold this process's rows (`own_shards`) on `axis`, as arrays over all rows, divided."""
+    """Numpy arrays that hold this process's rows (`share_of_process`) on `axis`, as arrays of all rows, divided."""
     if mesh is None:
         return jax.device_put(tree)
-    own, shards = own_shards(mesh), num_row_shards(mesh)
+    share = share_of_process(mesh)
 
     def put(leaf: np.ndarray) -> jax.Array:
-        size = leaf.shape[axis] // len(own)  # rows of a part
+        size = leaf.shape[axis] // len(share.own)  # rows of a part
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            start = own.index((index[axis].start or 0) // size) * size
-            return leaf[*[slice(None)] * axis, start : start + size]
+            start = share.own.index((index[axis].start or 0) // size) * size
+            return leaf[(*[slice(None)] * axis, slice(start, start + size))]
 
-        shape = (*leaf.shape[:axis], size * shards, *leaf.shape[axis + 1 :])
-        return jax.make_array_from_callback(shape, by_rows(mesh, size * shards, axis), part)
+        shape = (*leaf.shape[:axis], size * share.count, *leaf.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, by_rows(mesh, size * share.count, axis), part)
 
     return jax.tree.map(put, tree)
+
+
+def fetch(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Arrays wherever they lie as numpy arrays; in several processes all of them must call it."""
+    if mesh is not None and jax.process_count() > 1:
+        tree = jax.jit(lambda tree: tree, out_shardings=whole(mesh))(tree)
+    return jax.device_get(tree)
 
 
 def by_rows(mesh: Mesh, num_rows: int, axis: int = 0) -> NamedSharding:

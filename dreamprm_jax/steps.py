@@ -127,15 +127,17 @@ def needs_forward_mode(cfg: Any) -> bool:
     return cfg.num_inner_steps > 1 or not cfg.weighting.detached or cfg.identity_cosine_every > 0
 
 
-def gradients_that_fit(params: PyTree) -> int:
-    """How many gradients of the parameters' size `dot` may keep beside everything else; 1 where memory is not known.
+def gradients_that_fit(params: PyTree, mesh: Mesh | None, memory: int) -> int:
+    """How many gradients of the parameters' size `dot` may keep beside everything else; one a device where its memory,
+    in bytes, is not known (0).
 
-    The state takes three of that size and the look back three; with the activations of one row at a time it was under
-    8 for InternVL3-1B (docs/performance.md). Above 16 rows, so small a model is better served by rows side by side.
+    The state takes three of the size that a device keeps and the look back three; with the activations of one row at a
+    time it was under 8 for InternVL3-1B (docs/performance.md). A row's gradient is on the devices that have the row,
+    not divided by fsdp. Above 16 rows a device, so small a model is better served by rows side by side.
     """
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return min(16, max(1, memory // size - 8))
+    kept = sharding.bytes_on_device(mesh, params)
+    gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // (mesh.shape["tensor"] if mesh else 1)
+    return sharding.num_row_shards(mesh) * min(16, max(1, (memory - 8 * kept) // gradient))
 
 
 def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int) -> str:

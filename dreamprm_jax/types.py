@@ -9,6 +9,7 @@ This file imports neither jax nor flax at run time, so that data workers can bui
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -39,6 +40,28 @@ class Batch(NamedTuple):
     example_id: Array  # [B] int32: the row's index in its data set
     example_mask: Array  # [B] bool: false for rows that only fill up the batch
     soft_labels: Array | None = None  # [B, S] float32: probability that the label is "+", where the loss is to use it
+
+
+class Share(NamedTuple):
+    """What a process reads of every batch: of its rows, in `count` equal parts of neighbours, those in `own`."""
+
+    own: tuple[int, ...] = (0,)
+    count: int = 1
+
+    def of(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows to be read here.
+
+        Raises:
+          ValueError: the rows cannot be divided evenly.
+        """
+        if len(rows) % self.count:
+            raise ValueError(f"a batch of {len(rows)} rows cannot be divided into {self.count} equal parts")
+        size = len(rows) // self.count
+        return [row for part in self.own for row in rows[part * size : (part + 1) * size]]
+
+
+WHOLE = Share()
+"""Everything: a single process."""
 
 
 class Prefix(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -77,6 +79,25 @@ def check_output(output: Path, input_path: str) -> None:
             output.unlink()  # only now that it is known to be possible
     except OSError as error:
         raise InputError(f"--config.output={output}: cannot be written ({error}); give another file") from error
+
+
+@contextlib.contextmanager
+def files_of_process(workdir: Path, output: str | None = None, *, first: bool) -> Iterator[tuple[Path, Path | None]]:
+    """Where this process is to keep the run's files, and its output where it has one.
+
+    Several processes that share a run compute the same and write the same. The files of the first are the run's own;
+    each other has a copy of what is there, so that it takes the same decisions, and its copy goes when it ends.
+    """
+    if first:
+        yield workdir, output and Path(output)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "workdir"
+        if workdir.is_dir():
+            shutil.copytree(workdir, own, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "*.tmp"))
+        if output is not None and Path(output).is_file():
+            shutil.copy(output, folder)
+        yield own, output and Path(folder) / Path(output).name
 
 
 @contextlib.contextmanager

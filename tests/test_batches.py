@@ -19,6 +19,7 @@ from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.dataset import ImageSpec, encode_all
 from dreamprm_jax.data.tokens import wrap
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.types import Batch, Share
 
 TOKENIZER = wrap(noisy_steps.tokenizer())
 SPEC = ImageSpec(max_tiles=2, tile_size=28, tokens_per_tile=4)
@@ -173,15 +174,26 @@ def test_a_stream_begins_anywhere(uneven, first):
 def test_processes_share_a_batch_out_and_together_have_it(uneven, count, num_inner_steps):
     plan = batches.make_plan(uneven, batch_size=4 * num_inner_steps, num_batches=3, seed=1)
 
-    def read(process):
-        return batches.training_batches(uneven, plan, 1, num_inner_steps=num_inner_steps, process=process)
+    def read(*own, count=count):
+        return batches.training_batches(uneven, plan, 1, num_inner_steps=num_inner_steps, share=Share(own, count))
 
-    for whole, *parts in zip(read((0, 1)), *[read((index, count)) for index in range(count)], strict=True):
-        joined = np.concatenate([part.example_id for part in parts], axis=-1)
-        np.testing.assert_array_equal(joined, whole.example_id)
+    axis = num_inner_steps > 1  # of the rows
+    for whole, *parts in zip(read(0, count=1), *[read(index) for index in range(count)], strict=True):
+        joined = Batch(
+            *[None if leaves[0] is None else np.concatenate(leaves, axis) for leaves in zip(*parts, strict=True)]
+        )
+        assert_same(joined, whole)  # padded as all of them are, whatever the own rows need
         assert whole.example_id.shape == ((4,) if num_inner_steps == 1 else (2, 4))
-    with pytest.raises(ValueError, match="4 rows cannot be shared by 3"):
-        read((0, 3))
+    with pytest.raises(ValueError, match="4 rows cannot be divided into 3 equal parts"):
+        read(0, count=3)
+
+
+def test_a_process_may_have_parts_that_are_no_neighbours(uneven):
+    plan = batches.make_plan(uneven, batch_size=4, num_batches=1, seed=1)
+    (whole,) = batches.training_batches(uneven, plan)
+    (part,) = batches.training_batches(uneven, plan, share=Share((0, 3), 4))
+    np.testing.assert_array_equal(part.example_id, whole.example_id[[0, 3]])
+    np.testing.assert_array_equal(part.tokens, whole.tokens[[0, 3]])
 
 
 @pytest.fixture

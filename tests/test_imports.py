@@ -16,7 +16,8 @@ ENTRY = [ROOT / "run.py", *sorted((ROOT / "configs").glob("*.py"))]
 # Rooms of one line do not know each other unless the line says so; a room may import from the lines above it.
 ORDER = [
     {"errors", "types"},
-    {"data", "workers"},
+    {"sharding", "workers"},
+    {"data"},
     {"models"},
     {"losses", "weighting", "optimizers"},
     {"inner"},
@@ -39,7 +40,19 @@ ORDER = [
     {"compare"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-BARE = ("errors", "types", "models", "losses", "weighting", "optimizers", "inner", "hypergradient", "check", "bilevel")
+BARE = (
+    "errors",
+    "types",
+    "sharding",
+    "models",
+    "losses",
+    "weighting",
+    "optimizers",
+    "inner",
+    "hypergradient",
+    "check",
+    "bilevel",
+)
 BARE_LIBRARIES = {"jax", "flax", "optax", "numpy", "ml_dtypes"}  # ml_dtypes: a part of jax
 
 

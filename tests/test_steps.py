@@ -1,12 +1,12 @@
 """From a config to a step: which estimator and which attention a run takes."""
 
-import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 from configs import net, table, uniform
-from dreamprm_jax import hypergradient, steps
+from dreamprm_jax import hypergradient, sharding, steps
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem
@@ -74,13 +74,19 @@ def test_a_run_needs_forward_mode_where_its_estimator_does(module, values, expec
 
 @pytest.mark.parametrize(
     ("memory", "expected"),
-    [({"bytes_limit": 17 * 400}, 9), ({"bytes_limit": 7 * 400}, 1), ({"bytes_limit": 10**9}, 16), ({}, 1), (None, 1)],
+    [(17 * 400, 9), (7 * 400, 1), (10**9, 16), (0, 1)],
 )
-def test_dot_keeps_as_many_gradients_as_fit(monkeypatch, memory, expected):
-    device = type("Device", (), {"memory_stats": lambda self: memory})()
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+def test_dot_keeps_as_many_gradients_as_fit(memory, expected):
     params = {"kernel": np.zeros((9, 10), np.float32), "bias": np.zeros(10, np.float32)}  # 400 bytes
-    assert steps.gradients_that_fit(params) == expected
+    assert steps.gradients_that_fit(params, None, memory) == expected
+
+
+def test_devices_keep_a_gradient_for_each_row_of_theirs():
+    """Two of four devices divide the parameters, all four the rows; a row's gradient is whole where the row is."""
+    mesh = AbstractMesh((2, 2, 1), sharding.AXES)
+    params = {"layers": {"gate": {"kernel": np.zeros((1, 10, 10), np.float32)}}}  # 400 bytes, 200 on a device
+    assert steps.gradients_that_fit(params, mesh, 8 * 200 + 3 * 400) == 4 * 3
+    assert steps.gradients_that_fit(params, mesh, 0) == 4
 
 
 def test_fused_attention_is_refused_where_it_cannot_serve():

@@ -21,7 +21,7 @@ from dreamprm_jax.data import shapes, sharing
 from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.data.sharing import BatchPlan, SharedBatch
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.types import Batch
+from dreamprm_jax.types import WHOLE, Batch, Share
 
 WINDOW = 256
 """Batches among which rows of one shape are brought together; fewer where an epoch has no more."""
@@ -40,17 +40,29 @@ class Reading(NamedTuple):
 READING = Reading()
 
 
-def collate(dataset: Dataset, rows: Sequence[int], batch_size: int | None = None) -> Batch:
+def collate(
+    dataset: Dataset,
+    rows: Sequence[int],
+    batch_size: int | None = None,
+    *,
+    share: Share = WHOLE,
+    shape: shapes.Shape | None = None,
+) -> Batch:
     """The rows as one padded batch, in that order.
 
     Args:
       dataset: from `encode_all`.
       rows: B of its usable rows.
       batch_size: pads with masked rows up to it; None for B.
+      share: of them, what is read.
+      shape: what they are padded to; None for the least of the data set's that all of them fit.
     """
-    shape = shapes.fitting(dataset.padded.shapes, dataset.num_tokens[rows].max(), dataset.num_tiles[rows].max())
+    shape = shape or _fitting(dataset, rows)
+    slots = share.of(range(batch_size or len(rows)))
+    own = [rows[slot] for slot in slots if slot < len(rows)]
+    size, count, num_steps = len(slots), len(own), dataset.max_steps
+    rows = own or rows[:1]  # something to pad, where all of them are masked
     encoded, tiles = zip(*map(dataset.load, rows), strict=True)
-    size, num_steps = batch_size or len(rows), dataset.max_steps
 
     def stack(field: str, length: int, fill: float | bool) -> np.ndarray:
         first = getattr(encoded[0], field)
@@ -71,9 +83,13 @@ def collate(dataset: Dataset, rows: Sequence[int], batch_size: int | None = None
         labels=stack("labels", num_steps, 0),
         step_mask=np.arange(num_steps) < num_labels[:, None],
         example_id=np.pad(np.asarray(rows, np.int32), (0, size - len(rows))),
-        example_mask=np.arange(size) < len(rows),
+        example_mask=np.arange(size) < count,
         soft_labels=stack("soft_labels", num_steps, 0.0) if dataset.soft_labels else None,
     )
+
+
+def _fitting(dataset: Dataset, rows: Sequence[int]) -> shapes.Shape:
+    return shapes.fitting(dataset.padded.shapes, dataset.num_tokens[rows].max(), dataset.num_tiles[rows].max())
 
 
 def read_order(path: str, dataset: Dataset) -> np.ndarray:
@@ -175,7 +191,7 @@ def training_batches(
     *,
     num_inner_steps: int = 1,
     reading: Reading = READING,
-    process: tuple[int, int] = (0, 1),
+    share: Share = WHOLE,
 ) -> grain.DatasetIterator:
     """The plan's batches from number `first` on, read ahead; `close()` ends the reading.
 
@@ -185,22 +201,19 @@ def training_batches(
       first: where to begin: a resumed run goes on where it stood.
       num_inner_steps: K > 1 makes the rows of one batch K batches of one shape: leaves [K, B, ...].
       reading: threads and processes.
-      process: (index, count): of every batch, the share that this process feeds to its devices.
+      share: of every batch, what this process reads for its devices.
 
     Raises:
-      ValueError: the batch cannot be shared out among so many processes.
+      ValueError: a batch cannot be shared out so.
     """
-    index, count = process
-    if plan.batch_size // num_inner_steps % count:
-        raise ValueError(f"a batch of {plan.batch_size // num_inner_steps} rows cannot be shared by {count} processes")
+    share.of(range(plan.batch_size // num_inner_steps))
 
     def batch_of(rows: np.ndarray) -> Batch:
-        steps = np.split(rows, num_inner_steps)
-        rows = np.concatenate([np.split(step, count)[index] for step in steps])
-        batch = collate(dataset, rows)
         if num_inner_steps == 1:
-            return batch
-        return Batch(*[_split_leaf(leaf, num_inner_steps) for leaf in batch])
+            return collate(dataset, rows, share=share)
+        shape = _fitting(dataset, rows)
+        steps = [collate(dataset, step, share=share, shape=shape) for step in np.split(rows, num_inner_steps)]
+        return Batch(*[None if leaves[0] is None else np.stack(leaves) for leaves in zip(*steps, strict=True)])
 
     numbers = grain.MapDataset.source(range(first, len(plan)))
     batches = numbers.map(lambda number: batch_of(plan[number]))
@@ -216,26 +229,26 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
     return iter(stream)
 
 
-def _split_leaf(leaf: np.ndarray | None, num_inner_steps: int) -> np.ndarray | None:
-    return None if leaf is None else leaf.reshape(num_inner_steps, len(leaf) // num_inner_steps, *leaf.shape[1:])
-
-
 def count_visits(plan: Plan, num_rows: int) -> np.ndarray:
     """How often each row is drawn by the whole plan: int [num_rows]."""
     return np.bincount(np.concatenate([plan[n] for n in range(len(plan))]), minlength=num_rows)
 
 
-def shared_batches(dataset: Dataset, plans: Sequence[BatchPlan], reading: Reading = READING) -> Iterator[SharedBatch]:
+def shared_batches(
+    dataset: Dataset, plans: Sequence[BatchPlan], reading: Reading = READING, share: Share = WHOLE
+) -> Iterator[SharedBatch]:
     """The batches of a scoring plan in order, read ahead; `close()` ends the reading."""
-    return read_ahead(grain.MapDataset.source(plans).map(lambda plan: sharing.collate(dataset, plan)), reading)
+    return read_ahead(grain.MapDataset.source(plans).map(lambda plan: sharing.collate(dataset, plan, share)), reading)
 
 
-def ordered_batches(dataset: Dataset, batch_size: int, reading: Reading = READING) -> Iterator[Batch]:
+def ordered_batches(
+    dataset: Dataset, batch_size: int, reading: Reading = READING, share: Share = WHOLE
+) -> Iterator[Batch]:
     """Every usable row once, longest first so that neighbours share a shape; the last batch is filled up.
 
     `example_id` with `example_mask` tells which rows a batch holds.
     """
     by_length = sorted(dataset.rows.tolist(), key=lambda row: (-dataset.num_tiles[row], -dataset.num_tokens[row]))
     starts = grain.MapDataset.source(range(0, len(by_length), batch_size))
-    batches = starts.map(lambda start: collate(dataset, by_length[start : start + batch_size], batch_size))
+    batches = starts.map(lambda start: collate(dataset, by_length[start : start + batch_size], batch_size, share=share))
     return read_ahead(batches, reading)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dreamprm_jax.data import shapes
 from dreamprm_jax.data.example import Encoded, ImageSource
-from dreamprm_jax.types import Continuations, Prefix
+from dreamprm_jax.types import WHOLE, Continuations, Prefix, Share
 
 if TYPE_CHECKING:
     from dreamprm_jax.data.dataset import Dataset
@@ -163,13 +163,14 @@ class _Padding(NamedTuple):
     num_groups: dict[tuple[int, int], int]  # of one `_kind` in a window, at most
 
 
-def plan(dataset: Dataset, max_chains: int, max_shapes: int) -> list[Window]:
+def plan(dataset: Dataset, max_chains: int, max_shapes: int, num_shards: int = 1) -> list[Window]:
     """What is to be run for every usable row, window by window.
 
     Args:
       dataset: its rows are tokenised here, and where they lie on disk again when a batch is built.
-      max_chains: at a time.
+      max_chains: at a time, and more where every shard would not have a group of them.
       max_shapes: of prefixes, >= 1; parts are padded to half as many lengths.
+      num_shards: devices among which the groups of a batch are divided: their number is a multiple of it.
     """
     rows = dataset.rows.tolist()
     windows, copies = [], []
@@ -182,7 +183,7 @@ def plan(dataset: Dataset, max_chains: int, max_shapes: int) -> list[Window]:
         windows.append(_grouped(own, dataset.num_labels, max_chains))
     padding = _padding(windows, max_shapes)
     return [
-        Window(list(_batches(window, max_chains, padding)), repeated)
+        Window(list(_batches(window, max_chains, padding, num_shards)), repeated)
         for window, repeated in zip(windows, copies, strict=True)
     ]
 
@@ -216,7 +217,7 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _batches(window: Sequence[Group], max_chains: int, padding: _Padding) -> Iterator[BatchPlan]:
+def _batches(window: Sequence[Group], max_chains: int, padding: _Padding, num_shards: int) -> Iterator[BatchPlan]:
     def by_size(group: Group) -> tuple[int, ...]:
         return (*_kind(group), group.num_tiles, group.prefix, max(group.lengths), group.rows[0])
 
@@ -224,6 +225,7 @@ def _batches(window: Sequence[Group], max_chains: int, padding: _Padding) -> Ite
         breadth, num_parts = kind
         # No more rows than any window fills: a question alone is not run beside seven rows of padding.
         size = min(max(1, max_chains // breadth), power_of_two(padding.num_groups[kind]))
+        size = -(-size // num_shards) * num_shards
         for chunk in _chunks(same, size):
             tokens = [max(group.lengths[part] for group in chunk) for part in range(num_parts)]
             yield BatchPlan(
@@ -243,22 +245,24 @@ def _chunks(groups: Iterable[Group], size: int) -> Iterator[tuple[Group, ...]]:
         yield chunk
 
 
-def collate(dataset: Dataset, batch: BatchPlan) -> SharedBatch:
-    """The arrays of a batch.
+def collate(dataset: Dataset, batch: BatchPlan, share: Share = WHOLE) -> SharedBatch:
+    """The arrays of a batch, of the groups in this process's share; rows and steps are told of all.
 
     Raises:
       InputError: an image that is not the one that was checked.
     """
-    loaded = {row: dataset.load_tokens(row)[0] for group in batch.groups for row in group.rows}
-    tiles = [dataset.load_tiles(group.rows[0]) for group in batch.groups]
+    slots = share.of(range(batch.size))
+    groups, size = [batch.groups[slot] for slot in slots if slot < len(batch.groups)], len(slots)
+    loaded = {row: dataset.load_tokens(row)[0] for group in groups for row in group.rows}
+    tiles = [dataset.load_tiles(group.rows[0]) for group in groups]
     side = dataset.images.tile_size
     prefix = Prefix(
-        tokens=np.full((batch.size, batch.prefix.tokens), dataset.tokenizer.pad_id, np.int32),
-        image_index=np.full((batch.size, batch.prefix.tokens), -1, np.int32),
-        tiles=np.zeros((batch.size, batch.prefix.tiles, side, side, 3), np.uint8),
-        length=np.zeros(batch.size, np.int32),
+        tokens=np.full((size, batch.prefix.tokens), dataset.tokenizer.pad_id, np.int32),
+        image_index=np.full((size, batch.prefix.tokens), -1, np.int32),
+        tiles=np.zeros((size, batch.prefix.tiles, side, side, 3), np.uint8),
+        length=np.zeros(size, np.int32),
     )
-    for slot, group in enumerate(batch.groups):
+    for slot, group in enumerate(groups):
         encoded, count = loaded[group.rows[0]], group.prefix
         prefix.tokens[slot, :count] = encoded.tokens[:count]
         prefix.image_index[slot, :count] = image_index(encoded)[:count]
@@ -267,9 +271,9 @@ def collate(dataset: Dataset, batch: BatchPlan) -> SharedBatch:
     parts, rows, num_steps = [], [], []
     for number, num_tokens in enumerate(batch.part_tokens):
         rows.append(tuple(group.parts[number] for group in batch.groups))
-        chains = [[(loaded[row], group.prefix) for row in group.parts[number]] for group in batch.groups]
-        num_steps.append(tuple(tuple(len(encoded.labels) for encoded, _ in chain) for chain in chains))
-        parts.append(pack(chains, batch.size, num_tokens, batch.num_steps, dataset.tokenizer.pad_id))
+        num_steps.append(tuple(tuple(dataset.num_labels[list(part)].tolist()) for part in rows[-1]))
+        chains = [[(loaded[row], group.prefix) for row in group.parts[number]] for group in groups]
+        parts.append(pack(chains, size, num_tokens, batch.num_steps, dataset.tokenizer.pad_id))
     return SharedBatch(prefix, tuple(parts), tuple(rows), tuple(num_steps))
 
 
