@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import json
-import os
-import platform
 import random
 import resource
 import time
@@ -29,7 +26,7 @@ from absl import flags
 from PIL import Image
 
 from benchmarks.raw_rows import visualprm_raw_row
-from benchmarks.workload import markdown
+from benchmarks.workload import report
 from dreamprm_jax.data import batches, prepared, records, shapes, tokens
 from dreamprm_jax.data.conversation import CONTROL_TOKENS
 from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all
@@ -138,7 +135,7 @@ def speed_table(dataset: Dataset, batch_size: int, seconds: float) -> list[dict[
 
 
 def main() -> None:
-    """Parses, measures, prints the tables, writes the JSON."""
+    """Measures what the arguments ask for, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=None, help=".json, .jsonl or prepared directory; default: generated rows")
     parser.add_argument("--images", default=None, help="image root of a JSON file; default: its directory")
@@ -147,7 +144,7 @@ def main() -> None:
     parser.add_argument("--max-tiles", type=int, default=6)
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--json", type=Path, default=Path("pipeline.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("pipeline.json"), help="where the figures go; .md beside it")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # Grain's workers are told them
     tokenizer = tokens.load_tokenizer(args.tokenizer) if args.tokenizer else byte_tokenizer()
@@ -171,12 +168,7 @@ def main() -> None:
         for name, rate in APPETITES.items()
     ]
     padding = padding_table(dataset)
-    machine = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-    options = {name: str(value) for name, value in vars(args).items()}
-    tables = {"start": [start], "speed": speed, "appetite": appetite, "padding": padding}
-    args.json.write_text(json.dumps({"machine": machine, "options": options, **tables}, indent=2) + "\n")
-    print(f"{os.cpu_count()} cores, {args.path or 'generated rows'}, max_tiles {args.max_tiles}\n")
-    print("\n\n".join(markdown(table) for table in tables.values()))
+    report(args.json, vars(args), {"start": [start], "speed": speed, "appetite": appetite, "padding": padding})
 
 
 def read(args: argparse.Namespace) -> Any:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -26,7 +24,7 @@ import numpy as np
 
 from benchmarks.pipeline import CONTEXT, TILE_SIZE, TOKENS_PER_TILE, byte_tokenizer, photograph
 from benchmarks.raw_rows import visualprm_raw_row
-from benchmarks.workload import markdown
+from benchmarks.workload import report
 from dreamprm_jax.data import tokens
 from dreamprm_jax.data.dataset import ImageSpec, encode_all
 from dreamprm_jax.data.prepared import PreparedExamples
@@ -84,12 +82,12 @@ def read_back(directory: str, tokenizer: tokens.PRMTokenizer) -> dict[str, float
 
 
 def main() -> None:
-    """Parses, measures, prints the table, writes the JSON."""
+    """Measures what the arguments ask for, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="100000", help="comma-separated")
     parser.add_argument("--processes", type=int, default=0, help="0: as many as cores")
     parser.add_argument("--tokenizer", default=None, help="directory with tokenizer.json; default: bytes")
-    parser.add_argument("--json", type=Path, default=Path("prepare.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("prepare.json"), help="where the figures go; .md beside it")
     args = parser.parse_args()
     tokenizer = tokens.load_tokenizer(args.tokenizer) if args.tokenizer else byte_tokenizer()
     table = []
@@ -105,10 +103,7 @@ def main() -> None:
                 **{name: summary[name] for name in ("parent MiB", "worker MiB")},
                 **read_back(summary["directory"], tokenizer),
             })  # fmt: skip
-    machine = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-    options = {name: str(value) for name, value in vars(args).items()}
-    args.json.write_text(json.dumps({"machine": machine, "options": options, "rows": table}, indent=2) + "\n")
-    print(f"{os.cpu_count()} cores, processes {args.processes or 'as many'}\n\n{markdown(table)}")
+    report(args.json, vars(args), {"rows": table})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -223,7 +221,7 @@ def measure(
 
 
 def main() -> None:
-    """Parses, measures, prints the table, writes the JSON."""
+    """Measures what the arguments ask for, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(workload.SIZES), default="recorded")
     parser.add_argument("--candidates", default="8", help="N, comma-separated")
@@ -231,7 +229,7 @@ def main() -> None:
     parser.add_argument("--programs", default="shared,batched,one_by_one,published,torch")
     parser.add_argument("--computed", action="store_true", help="count the products, run nothing")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=Path("scoring.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("scoring.json"), help="where the figures go; .md beside it")
     args = parser.parse_args()
     names = args.programs.split(",")
     if not {"shared", "one_by_one"} <= set(names) <= {"shared", "batched", "one_by_one", "published", "torch"}:
@@ -239,12 +237,6 @@ def main() -> None:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     attention = choose_attention(dtype, forward_mode=False)
     config = dataclasses.replace(workload.SIZES[args.size], compute_dtype=dtype, attention=attention)
-    machine = {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "jax": jax.__version__,
-    }
     found = []
     for count in map(int, args.candidates.split(",")):
         for num_tiles in map(int, args.tiles.split(",")):
@@ -252,10 +244,7 @@ def main() -> None:
                 found += computed(config, num_tiles, count)
             else:
                 found += measure(config, num_tiles, count, names, args.rounds)
-    options = {name: str(value) for name, value in vars(args).items()} | {"attention": attention, "dtype": dtype}
-    args.json.write_text(json.dumps({"machine": machine, "options": options, "rows": found}, indent=2) + "\n")
-    print(f"{machine['device']}, jax {machine['jax']}, {args.size}, {dtype}, attention {attention}\n")
-    print(workload.markdown(found))
+    workload.report(args.json, vars(args) | {"attention": attention, "dtype": dtype}, {"rows": found})
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""What a step takes: training, a bilevel iteration, scoring; one table and one JSON file a run.
+"""What a step takes: training, a bilevel iteration, scoring; a run writes one table, as JSON and as Markdown.
 
     python -m benchmarks.step                                                   # two cores: a small model
     python -m benchmarks.step --size internvl3_1b --batch-sizes 1,8 --remat dots    # an accelerator
     python -m benchmarks.step --size internvl3_1b --tiles 1,3,7,13 --programs training
+    python -m benchmarks.step --size internvl3_1b --remat full --inner-steps 1,2,4 --estimator mixed
 
 Rows are random, of the shapes given; no data are read. All programs of a run are compiled first, side by side, then run
 in turn, round after round, in one process; figures are medians over the rounds. Model flops are those of the products
 that the mathematics needs: three forward passes for a gradient, one gradient for a training step, two for a bilevel
 iteration, whatever an estimator or remat computes again. The machine's rate is that of a large matrix product in the
-compute type, measured before.
+compute type, measured before. State and temporary memory are the compiler's figures. Where the backend counts it, a
+line also has the device's peak up to its program's first run, which includes the programs before it and all batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from benchmarks import workload
 from dreamprm_jax import losses
-from dreamprm_jax.hypergradient import ESTIMATORS, REVERSE_ONLY
+from dreamprm_jax.hypergradient import ESTIMATORS, REVERSE_ONLY, check_estimator
 from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.models.layers import choose_attention
 from dreamprm_jax.types import Batch, BilevelState
@@ -53,17 +52,23 @@ def forward_flops(config: presets.InternVLConfig, num_tiles: int, num_tokens: in
     """Flops of one row's forward pass: products alone, attention as much of it as is not masked."""
     vision, language = config.vision, config.language
     patches, width = vision.grid**2, vision.width
-    n = 1 + patches
-    block = 2 * n * width * (4 * width + 2 * vision.mlp_width) + 4 * n**2 * width
+    block = 2 * (1 + patches) * width * (4 * width + 2 * vision.mlp_width)
     projected = config.image_tokens_per_tile * language.width
     projector = 2 * projected * (config.shuffle_factor**2 * width + language.width)
     tile = vision.num_layers * block + 2 * patches * 3 * vision.patch_size**2 * width + projector
     head_width = language.width // language.num_heads
     weights = 2 * language.width * head_width * (language.num_heads + language.num_kv_heads)
     weights += 3 * language.width * language.mlp_width
-    layer = 2 * num_tokens * weights + 2 * num_tokens**2 * language.width
+    layer = 2 * num_tokens * weights
     head = 2 * workload.NUM_STEPS * language.width * language.vocab_size
-    return float(num_tiles * tile + language.num_layers * layer + head)
+    return num_tiles * tile + language.num_layers * layer + head + attention_flops(config, num_tiles, num_tokens)
+
+
+def attention_flops(config: presets.InternVLConfig, num_tiles: int, num_tokens: int) -> float:
+    """The part of `forward_flops` that is logits and mixtures of values."""
+    vision, language = config.vision, config.language
+    tile = vision.num_layers * 4 * (1 + vision.grid**2) ** 2 * vision.width
+    return float(num_tiles * tile + language.num_layers * 2 * num_tokens**2 * language.width)
 
 
 def model_flops(config: presets.InternVLConfig, setting: Setting, num_tokens: int) -> float:
@@ -90,12 +95,16 @@ def matrix_rate(dtype: str) -> float:
     return 2 * size**3 / best
 
 
-def lowered_step(
+def tokens_of_row(config: presets.InternVLConfig, num_tiles: int) -> int:
+    """Image tokens and text."""
+    return num_tiles * config.image_tokens_per_tile + TEXT_TOKENS
+
+
+def traced_step(
     config: presets.InternVLConfig, setting: Setting, estimator: str, micro_batch: int | None, state: Any
-) -> tuple[Any, tuple[Batch, Batch], int]:
-    """(program, batches, tokens of a row); the program is lowered, (state, batch, meta_batch) -> (state, number)."""
-    num_tokens = setting.num_tiles * config.image_tokens_per_tile + TEXT_TOKENS
-    bucket = (setting.num_tiles, num_tokens)
+) -> tuple[Any, tuple[Batch, Batch]]:
+    """(program, batches); the program is a `jax.stages.Traced`, (state, batch, meta_batch) -> (state, number)."""
+    bucket = (setting.num_tiles, tokens_of_row(config, setting.num_tiles))
     one, meta = (workload.random_batch(config, [bucket] * setting.batch_size, bucket, seed) for seed in range(2))
     batch = workload.stacked(one, setting.num_inner_steps)
     if setting.program == "scoring":
@@ -103,7 +112,7 @@ def lowered_step(
     else:
         problem = workload.prm_problem(config, workload.TABLE, setting.num_inner_steps, micro_batch)
         step = workload.jitted(problem, workload.TABLE, "plain" if setting.program == "training" else estimator)
-    return step.lower(state, batch, meta), (batch, meta), num_tokens
+    return step.trace(state, batch, meta), (batch, meta)
 
 
 def _score(
@@ -112,6 +121,12 @@ def _score(
     """P of every step's label, summed up; the state goes through."""
     logits = internvl.apply(config, state.train.params, batch)
     return state, jnp.sum(jnp.exp(losses.label_log_probs(logits, batch.labels)))
+
+
+def device_peak() -> float | None:
+    """GiB that were in use at most since the process began; None where the backend does not count."""
+    counted = jax.devices()[0].memory_stats() or {}
+    return counted["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in counted else None
 
 
 def measure(
@@ -129,48 +144,58 @@ def measure(
     del params
     state = jax.eval_shape(lambda: holder["state"])
 
-    def build(lowered: Any) -> tuple[Any, float]:
-        began = time.perf_counter()
+    def build(traced: Any) -> tuple[Any, float]:
+        lowered, began = traced.lower(), time.perf_counter()
         return lowered.compile(), time.perf_counter() - began
 
-    parts = [lowered_step(config, setting, estimator, micro_batch, state) for setting in settings]
+    parts = [traced_step(config, setting, estimator, micro_batch, state) for setting in settings]
     with ThreadPoolExecutor(max_workers=max(1, min(len(parts), (os.cpu_count() or 2) // 2))) as pool:
-        built = list(pool.map(build, [lowered for lowered, _, _ in parts]))
+        built = list(pool.map(build, [traced for traced, _ in parts]))
+    peaks: dict[Setting, float | None] = {}
 
-    def run(program: Any, batches: tuple[Batch, Batch]) -> None:
+    def run(setting: Setting, program: Any, batches: tuple[Batch, Batch]) -> None:
         holder["state"], number = program(holder["state"], *batches)
         jax.block_until_ready(number)
+        if setting not in peaks:
+            peaks[setting] = device_peak()
 
     programs = {
-        setting: partial(run, program, jax.device_put(batches))
-        for setting, (program, _), (_, batches, _) in zip(settings, built, parts, strict=True)
+        setting: partial(run, setting, program, jax.device_put(batches))
+        for setting, (program, _), (_, batches) in zip(settings, built, parts, strict=True)
     }
     seconds = workload.interleave(programs, rounds)
-    found = []
-    for setting, (program, compile_seconds), (_, _, num_tokens) in zip(settings, built, parts, strict=True):
-        median, memory = statistics.median(seconds[setting]), program.memory_analysis()
-        rows = setting.batch_size * setting.num_inner_steps
-        flops = model_flops(config, setting, num_tokens)
-        found.append({
+    return [
+        {
             "program": setting.program + (f" ({estimator})" if setting.program == "bilevel" else ""),
-            "B": setting.batch_size,
-            "K": setting.num_inner_steps,
-            "tiles": setting.num_tiles,
-            "tokens": num_tokens,
-            "ms": 1e3 * median,
-            "examples/s": rows / median,
-            "tokens/s": rows * num_tokens / median,
-            "model TFLOP": flops / 1e12,
-            "share of matrix rate": flops / median / rate,
-            "state GiB": memory.argument_size_in_bytes / 2**30,
-            "temporary GiB": memory.temp_size_in_bytes / 2**30,
+            **speed(config, setting, statistics.median(seconds[setting]), rate),
+            "state GiB": program.memory_analysis().argument_size_in_bytes / 2**30,
+            "temporary GiB": program.memory_analysis().temp_size_in_bytes / 2**30,
+            "device peak GiB": peaks[setting],
             "compile s": compile_seconds,
-        })  # fmt: skip
-    return found
+        }
+        for setting, (program, compile_seconds) in zip(settings, built, strict=True)
+    ]
 
 
-def main() -> None:
-    """Parses, measures, prints the table, writes the JSON."""
+def speed(config: presets.InternVLConfig, setting: Setting, median: float, rate: float) -> dict[str, Any]:
+    """What a setting's median seconds amount to, on a machine of that matrix rate."""
+    rows, num_tokens = setting.batch_size * setting.num_inner_steps, tokens_of_row(config, setting.num_tiles)
+    flops = model_flops(config, setting, num_tokens)
+    return {
+        "B": setting.batch_size,
+        "K": setting.num_inner_steps,
+        "tiles": setting.num_tiles,
+        "tokens": num_tokens,
+        "ms": 1e3 * median,
+        "examples/s": rows / median,
+        "tokens/s": rows * num_tokens / median,
+        "model TFLOP": flops / 1e12,
+        "share of matrix rate": flops / median / rate,
+    }
+
+
+def parsed() -> argparse.Namespace:
+    """The arguments, checked as far as they can be before anything is compiled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(workload.SIZES), default="wide")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="comma-separated")
@@ -183,11 +208,22 @@ def main() -> None:
     parser.add_argument("--remat", default="none", choices=presets.REMAT_POLICIES)
     parser.add_argument("--scan-unroll", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path("step.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("step.json"), help="where the figures go; .md beside it")
     args = parser.parse_args()
     programs = args.programs.split(",")
     if not set(programs) <= set(PROGRAMS):
         parser.error(f"--programs={args.programs}: choose from {', '.join(PROGRAMS)}")
+    for num_inner_steps in map(int, args.inner_steps.split(",")) if "bilevel" in programs else ():
+        try:
+            check_estimator(workload.prm_problem(workload.WIDE, workload.TABLE, num_inner_steps), args.estimator)
+        except ValueError as error:
+            parser.error(f"--inner-steps={args.inner_steps} --estimator={args.estimator}: {error}")
+    return args
+
+
+def main() -> None:
+    """Measures what the arguments ask for, and reports."""
+    args = parsed()
     tiles = args.tiles or ("1" if args.size == "wide" else "7")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     forward_mode = args.estimator not in REVERSE_ONLY
@@ -204,26 +240,13 @@ def main() -> None:
         for batch_size in map(int, args.batch_sizes.split(","))
         for num_tiles in map(int, tiles.split(","))
         for num_inner_steps in map(int, args.inner_steps.split(","))
-        for program in programs
+        for program in args.programs.split(",")
     ]
     settings = list(dict.fromkeys(settings))
-    machine = {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-    }
     rate = matrix_rate(dtype)
     rows = measure(config, settings, rate, args.estimator, args.meta_micro_batch, args.rounds)
-    options = {name: str(value) for name, value in vars(args).items()} | {"attention": attention, "dtype": dtype}
-    args.json.write_text(
-        json.dumps({"machine": machine, "options": options, "matrix_rate": rate, "rows": rows}, indent=2) + "\n"
-    )
-    print(f"{machine['device']}, jax {machine['jax']}, {args.size}, {dtype}, attention {attention}, remat {args.remat}")
-    print(f"matrix product {rate / 1e12:.3g} TFLOP/s, median of {args.rounds} round(s)\n")
-    print(workload.markdown(rows))
+    options = vars(args) | {"attention": attention, "dtype": dtype}
+    workload.report(args.json, options, {"matrix TFLOP/s": rate / 1e12, "rows": rows})
 
 
 if __name__ == "__main__":

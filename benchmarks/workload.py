@@ -1,16 +1,21 @@
-"""What the benchmarks run: random rows of given shapes, models, the problem, and how programs are timed.
+"""What the benchmarks run: random rows of given shapes, models, the problem, how programs are timed, what is written.
 
 Nothing is read: no data, no weights.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from dreamprm_jax import bilevel, losses, optimizers, weighting
@@ -136,7 +141,48 @@ def analysis(compiled: Any) -> dict[str, float]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Rows with the same keys as a table."""
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    """Rows with the same keys as a table; None is a dash."""
+    cells = [[_cell(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def machine() -> dict[str, Any]:
+    """Where figures come from."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+
+
+def report(path: Path, options: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Machine, options and figures as JSON at `path` and as Markdown, which is printed too, beside it.
+
+    Args:
+      path: of the JSON; the Markdown has the ending .md.
+      options: what the run was told and what it chose.
+      figures: numbers, and tables as lists of rows with the same keys.
+    """
+    options = {name: str(value) for name, value in options.items()}
+    path.write_text(json.dumps({"machine": machine(), "options": options, **figures}, indent=2) + "\n")
+    tables = {name: value for name, value in figures.items() if isinstance(value, list)}
+    numbers = {name: _cell(value) for name, value in figures.items() if name not in tables}
+    lines = [
+        f"- {what}: " + ", ".join(f"{name} {value}" for name, value in parts.items())
+        for what, parts in (("machine", machine()), ("options", options), ("figures", numbers))
+        if parts
+    ]
+    parts = ["\n".join(lines), *(f"## {name}\n\n{markdown(table)}" for name, table in tables.items())]
+    text = f"# {path.stem}\n\n" + "\n\n".join(parts) + "\n"
+    path.with_suffix(".md").write_text(text)
+    print(text, end="")

@@ -1,14 +1,12 @@
 """The benchmarks' own arithmetic; what they measure is in docs/reproduction.md and docs/performance.md."""
 
 import json
-import math
 import sys
 
 import jax
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from benchmarks import pipeline, prepare, scoring, step, workload
+from benchmarks import pipeline, prepare, roofline, scoring, step, workload
 from dreamprm_jax.models import internvl, presets
 
 CONFIG = presets.InternVLConfig(
@@ -17,31 +15,18 @@ CONFIG = presets.InternVLConfig(
 )
 
 
-def product_flops(jaxpr: Jaxpr) -> int:
-    """2 m n k of every product in a program, loops counted as often as they turn."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            total += turns * product_flops(inner) if isinstance(inner, Jaxpr) else 0
-    return total
-
-
 @pytest.mark.parametrize("num_tiles", [0, 1, 3])
-def test_model_flops_are_those_of_the_products(monkeypatch, num_tiles):
+def test_model_flops_are_those_of_the_products(num_tiles):
     """Against the traced program, whose attention forms the masked half of the logits too."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's attention skips part of them, in blocks
     num_tokens, language = num_tiles * CONFIG.image_tokens_per_tile + 40, CONFIG.language
     batch = workload.random_batch(CONFIG, [(num_tiles, num_tokens)], (num_tiles, num_tokens), 0)
     params = jax.eval_shape(lambda: internvl.init(CONFIG, jax.random.key(0)))
-    program = jax.make_jaxpr(internvl.apply, static_argnums=0)(CONFIG, params, batch)
+    with roofline.as_an_accelerator():  # a CPU's attention skips part of them, in blocks
+        program = jax.make_jaxpr(internvl.apply, static_argnums=0)(CONFIG, params, batch)
     masked = language.num_layers * 2 * num_tokens**2 * language.width
-    assert step.forward_flops(CONFIG, num_tiles, num_tokens) == product_flops(program.jaxpr) - masked
+    matrices, heads = roofline.products(program.jaxpr)
+    assert step.forward_flops(CONFIG, num_tiles, num_tokens) == matrices + heads - masked
+    assert step.attention_flops(CONFIG, num_tiles, num_tokens) == heads - masked
 
 
 def test_a_bilevel_iteration_is_a_training_step_and_a_meta_gradient():
@@ -60,6 +45,8 @@ def test_step_writes_a_line_for_every_program(monkeypatch, tmp_path, capsys):
     arguments = ["step", "--batch-sizes", "2", "--rounds", "1", "--programs", "training,scoring", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
+    peaks = iter([1.5, 2.5])
+    monkeypatch.setattr(step, "device_peak", lambda: next(peaks))
     step.main()
     found = json.loads(path.read_text())
     assert [row["program"] for row in found["rows"]] == ["training", "scoring"]
@@ -67,7 +54,40 @@ def test_step_writes_a_line_for_every_program(monkeypatch, tmp_path, capsys):
         assert row["share of matrix rate"] == pytest.approx(row["model TFLOP"] * 1e3 / (row["ms"] / 1e3))
         assert row["examples/s"] == pytest.approx(2e3 / row["ms"])
         assert row["temporary GiB"] > 0 and row["state GiB"] > 0
+    assert [row["device peak GiB"] for row in found["rows"]] == [1.5, 2.5]
+    assert {"device", "cores", "python", "jax", "jaxlib"} <= set(found["machine"])
     assert capsys.readouterr().out.count("\n| ") == 2 + 2
+
+
+def test_the_peak_of_a_device_that_counts_and_of_one_that_does_not(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return self.stats
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    for stats, peak in ((None, None), ({}, None), ({"peak_bytes_in_use": 3 * 2**29}, 1.5)):
+        Device.stats = stats
+        assert step.device_peak() == peak
+
+
+def test_an_estimator_that_cannot_take_the_inner_steps_is_refused_at_once(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["step", "--inner-steps", "1,2", "--json", str(path)])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "--inner-steps=1,2 --estimator=dot: dot looks through one inner step" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_report_is_the_same_as_json_and_as_markdown(tmp_path, capsys):
+    table = [{"name": "a", "speed": 12.3456}, {"name": "b", "speed": None}]
+    workload.report(tmp_path / "found.json", {"rows": 2}, {"rate": 0.5, "lines": table})
+    found = json.loads((tmp_path / "found.json").read_text())
+    text = (tmp_path / "found.md").read_text()
+    assert (found["lines"], found["rate"], found["options"]) == (table, 0.5, {"rows": "2"})
+    assert capsys.readouterr().out == text
+    assert f"jaxlib {found['machine']['jaxlib']}" in text
+    assert text.endswith("## lines\n\n| name | speed |\n| --- | --- |\n| a | 12.35 |\n| b | - |\n")
 
 
 def run_benchmark(module, monkeypatch, tmp_path, *arguments):
