@@ -145,11 +145,13 @@ def device_task(cfg):
     """What runs `config.task`, the devices set up."""
     import jax  # after parsing: a wrong flag answers at once
 
+    from dreamprm_jax.programs import keep_between_runs
+
     if cfg.distributed.coordinator:
         join(cfg)
     if cfg.model.matmul_precision == "highest":
         jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dreamprm_jax"))
+    keep_between_runs(Path.home() / ".cache" / "dreamprm_jax")
     log_machine(cfg)
     if cfg.task == "score":
         from dreamprm_jax.scoring import run_scoring

@@ -19,8 +19,9 @@ from dreamprm_jax import losses, weighting
 from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, noisy_steps, prepared, raw, records
 from dreamprm_jax.data.bad_rows import OnError
-from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, with_shapes
+from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, first_rows, with_shapes
 from dreamprm_jax.data.example import Example
+from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets
@@ -124,8 +125,10 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
         meta = encode(splits.meta, outcome_targets=True)
-        pretrain = encode(splits.pretrain) if cfg.pretrain.num_steps else None
         cold_start, train = encode([*splits.pretrain, *splits.cold_start]), encode(splits.train)
+        pretrain = None
+        if cfg.pretrain.num_steps:
+            pretrain = first_rows(cold_start, len(splits.pretrain), cfg.data.max_shapes)
         return TrainingData(pretrain, cold_start, train, meta, tuple(splits.test), encode(test))
     train = encode(read_file(cfg.train, "train"), soft_labels=cfg.soft_labels)
     meta = None
@@ -169,6 +172,12 @@ def stream_of(cfg: Any, stream: str, dataset: Dataset, share: Share) -> Callable
         reading=reading(cfg),
         share=share,
     )
+
+
+def shapes_met(cfg: Any, datasets: dict[str, Dataset]) -> Callable[[int], Iterator[tuple[Shape, ...]]]:
+    """What tells the padded shapes that the batches of several data streams, by name, have together from a step on."""
+    streams = [(dataset, plan_of(cfg, stream, dataset)) for stream, dataset in datasets.items()]
+    return partial(batches.shapes_met, streams)
 
 
 def instance_weighting(cfg: Any, train: Dataset, model: Model) -> weighting.Weighting:

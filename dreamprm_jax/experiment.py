@@ -13,11 +13,11 @@ import jax
 
 from dreamprm_jax import bilevel, build, sharding, steps
 from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, load_model, save_model_card
+from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
 from dreamprm_jax.metrics import MetricsWriter
 from dreamprm_jax.optimizers import derivative_vanishes
-from dreamprm_jax.results import finish
 from dreamprm_jax.train import Cadence, Phase, run_phase
 from dreamprm_jax.types import SUPERVISED, BilevelState
 from dreamprm_jax.weighting import Weighting
@@ -59,6 +59,8 @@ def _run_training(cfg: Any, workdir: Path, shared: Path) -> dict[str, Any]:
     state = sharding.place(mesh, state)
     snapshot = train(cfg, workdir, shared, run, state)
     model = model._replace(params=bilevel.scoring_params(snapshot.state))
+    from dreamprm_jax.results import finish  # plots and statistics: nothing that the first step should wait for
+
     return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
 
 
@@ -96,22 +98,26 @@ def phases(
     """The run's phases, in order, each with the optimizer of its inner level."""
     found, first_step, mesh = [], 0, model.config.mesh
     share = sharding.share_of_process(mesh)
+
+    def phase_of(name: str, num_steps: int, step: bilevel.Step, datasets: dict[str, Dataset]) -> Phase:
+        streams = tuple(build.stream_of(cfg, stream, dataset, share) for stream, dataset in datasets.items())
+        return Phase(name, first_step, num_steps, step, streams, build.shapes_met(cfg, datasets), mesh)
+
     for name in SUPERVISED:
         phase, dataset = cfg[name], getattr(data, name)
         if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
             step, tx = steps.supervised(cfg, phase, problem, mesh)
-            stream = build.stream_of(cfg, name, dataset, share)
-            found.append((Phase(name, first_step, phase.num_steps, step, (stream,), mesh), tx))
+            found.append((phase_of(name, phase.num_steps, step, {name: dataset}), tx))
             first_step += phase.num_steps
     if cfg.num_steps:
-        streams = [build.stream_of(cfg, "train", data.train, share)]
+        datasets = {"train": data.train}
         if estimator is None:
             clip_norm = steps.clip_of_weighted(cfg)
             name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay, mesh)
         else:
             name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting, mesh)
-            streams.append(build.stream_of(cfg, "meta", data.meta, share))
-        found.append((Phase(name, first_step, cfg.num_steps, step, tuple(streams), mesh), levels.inner_tx))
+            datasets["meta"] = data.meta
+        found.append((phase_of(name, cfg.num_steps, step, datasets), levels.inner_tx))
     return found
 
 

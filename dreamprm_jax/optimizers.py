@@ -253,15 +253,15 @@ def derivative_vanishes(tx: optax.GradientTransformation, params: Any, num_steps
     small = jax.tree.map(lambda leaf: jnp.ones([min(2, n) for n in leaf.shape], leaf.dtype), params)
 
     @jax.jit
-    def look_back(grads: Any, state: Any) -> tuple[Any, Any]:
+    def look_back(step: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        grads = jax.tree.map(lambda leaf: (jnp.arange(leaf.size) + 1.0 + step).reshape(leaf.shape), small)
         _, pull, state = jax.vjp(lambda grads: tx.update(grads, state, small), grads, has_aux=True)
-        return pull(small)[0], state
+        return jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(pull(small)[0])])), state
 
     state, silent = tx.init(small), []
     for step in range(num_steps):
-        grads = jax.tree.map(lambda leaf: (jnp.arange(leaf.size) + 1.0 + step).reshape(leaf.shape), small)  # noqa: B023
-        u, state = look_back(grads, state)
-        silent.append(not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(u)))
+        depends, state = look_back(step, state)
+        silent.append(not bool(depends))
     return any(silent[1:])
 
 

@@ -15,13 +15,21 @@ from jax.sharding import Mesh
 
 from dreamprm_jax.bilevel import Step
 from dreamprm_jax.checkpoint import Checkpoints, Snapshot
+from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import MetricsWriter
+from dreamprm_jax.programs import Programs
 from dreamprm_jax.sharding import place_rows
 from dreamprm_jax.types import Batch
 
 OpenStream = Callable[[int], grain.DatasetIterator]
 """Number of a step -> the batches from there on."""
+
+AHEAD = 2
+"""Steps that are dispatched before one is waited for: a device always has the next one, also while the host writes."""
+
+_LOSSES = ("inner_loss", "meta_loss")
+_ROWS = ("example_id", "example_mask")
 
 
 class Phase(NamedTuple):
@@ -32,6 +40,7 @@ class Phase(NamedTuple):
     num_steps: int
     step: Step  # (state, *batches) -> (state, metrics), jitted, pure
     streams: tuple[OpenStream, ...]  # one batch of each goes into every step
+    shapes_from: Callable[[int], Iterator[tuple[Shape, ...]]]  # number of a step -> what those batches are padded to
     mesh: Mesh | None = None  # of the step's devices; None: one
 
 
@@ -43,10 +52,10 @@ class Cadence(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A step that was dispatched but not yet waited for: fetching it late keeps the accelerator busy."""
+    """A step that was dispatched but not yet waited for."""
 
     step: int
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]  # what will be read of them
 
 
 def run_phase(
@@ -60,10 +69,11 @@ def run_phase(
     start, state = snapshot.progress["next_step"], snapshot.state
     began = time.perf_counter() - snapshot.progress["seconds"]
     logger = _Logger(phase, writer, cadence.log_every)
-    with closing(_placed_batches(phase, start)) as upcoming:
+    programs = Programs(phase.name, phase.step, phase.shapes_from(start))
+    with closing(programs), closing(_placed_batches(phase, start)) as upcoming:
         for step in range(start, phase.num_steps):
-            state, metrics = phase.step(state, *next(upcoming))
-            logger.push(_Pending(step, metrics))
+            state, metrics = programs(state, *next(upcoming))
+            logger.push(step, metrics)
             done = step + 1
             if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
                 logger.flush()  # every line up to a checkpoint is on disk before it, and its loss is finite
@@ -90,33 +100,42 @@ def _placed_batches(phase: Phase, start: int) -> Iterator[list[Batch]]:
 
 
 class _Logger:
-    """Writes each step's line one step late."""
+    """Writes each step's line once `AHEAD` later steps are on their way."""
 
     def __init__(self, phase: Phase, writer: MetricsWriter, log_every: int):
         self._phase, self._writer, self._log_every = phase, writer, log_every
-        self._pending: _Pending | None = None
+        self._pending: deque[_Pending] = deque()
         self._clock = time.perf_counter()
 
-    def push(self, pending: _Pending) -> None:
-        self.flush()
-        self._pending = pending
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes up a step that was dispatched: its figures begin their way to the host as soon as they are known."""
+        logged = step % self._log_every == 0
+        wanted = metrics if logged else {name: metrics[name] for name in (*_LOSSES, *_ROWS) if name in metrics}
+        for leaf in jax.tree.leaves(wanted):
+            leaf.copy_to_host_async()
+        self._pending.append(_Pending(step, wanted))
+        if len(self._pending) > AHEAD:
+            self._fetch()
 
     def flush(self) -> None:
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        losses = {name: float(metrics[name]) for name in ("inner_loss", "meta_loss") if name in metrics}
+        """Waits for every step."""
+        while self._pending:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        step, metrics = self._pending.popleft()
+        metrics = jax.device_get(metrics)
+        losses = {name: float(metrics[name]) for name in _LOSSES if name in metrics}
         self._check_finite(step, losses, metrics)
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         self._writer.advance(self._phase.name, losses)
         if step % self._log_every == 0:
-            line = _line(self._phase, step, jax.device_get(metrics))
+            line = _line(self._phase, step, metrics)
             self._writer.write({**line, "examples_per_second": round(len(line["example_ids"]) / seconds, 3)})
 
-    def _check_finite(self, step: int, losses: dict[str, float], metrics: dict[str, jax.Array]) -> None:
+    def _check_finite(self, step: int, losses: dict[str, float], metrics: dict[str, Any]) -> None:
         if not all(np.isfinite(list(losses.values()))):
-            rows = np.asarray(metrics["example_id"])[np.asarray(metrics["example_mask"])].tolist()
+            rows = metrics["example_id"][metrics["example_mask"]].tolist()
             raise InputError(
                 f"step {step} of {self._phase.name}: the loss is {losses} on rows {rows}; lower inner.lr (or "
                 "cold_start.lr) or set inner.clip_norm. Checkpoints and metrics up to the last save are kept"

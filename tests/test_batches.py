@@ -284,3 +284,28 @@ def test_reading_is_ahead(uneven, monkeypatch):
     while len(built) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert 4 <= len(built) < 20
+
+
+@pytest.mark.parametrize("batch_sizes", [(1, 1), (6, 2), (6, 1)])
+@pytest.mark.parametrize("first", [0, 7, 13])
+def test_the_shapes_that_meet_are_known_before_they_do(dataset, uneven, batch_sizes, first):
+    """One row a batch, and rows of one shape brought together, in windows of 10 batches; from the midst of one too."""
+    sizes = dict(zip("ab", batch_sizes, strict=True))
+    streams = [
+        (data, batches.make_plan(data, batch_size=sizes[name], num_batches=24, seed=3))
+        for name, data in (("a", uneven), ("b", dataset))
+    ]
+    met = []
+    readers = [batches.training_batches(data, plan, first) for data, plan in streams]
+    for pair in zip(*readers, strict=True):
+        shapes = tuple((batch.tokens.shape[1], batch.tiles.shape[1]) for batch in pair)
+        met += [shapes] if shapes not in met else []
+    for reader in readers:
+        reader.close()
+    assert list(batches.shapes_met(streams, first)) == met
+    assert len(met) > 1
+
+
+def test_looking_for_shapes_ends_with_the_last_possible_one(dataset):
+    plan = batches.make_plan(dataset, batch_size=1, num_batches=10**9, seed=0)
+    assert len(list(batches.shapes_met([(dataset, plan)], 5))) == len(dataset.padded.shapes)

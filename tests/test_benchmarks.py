@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import pipeline, prepare, roofline, scoring, step, workload
+from benchmarks import pipeline, prepare, roofline, scoring, startup, step, workload
 from dreamprm_jax.models import internvl, presets
 
 CONFIG = presets.InternVLConfig(
@@ -145,3 +145,20 @@ def test_the_computed_products_of_scoring():
     others = (workload.NUM_STEPS - 1) * 2 * CONFIG.language.width * CONFIG.language.vocab_size
     assert alone["TFLOP"] * 1e12 == pytest.approx(step.forward_flops(CONFIG, 1, num_tokens) - others)
     assert all(each["published"] > each["one_by_one"] for each in times.values())
+
+
+def test_the_startup_benchmark_ends_with_the_first_line(monkeypatch, tmp_path, capsys):
+    sizes = {"pretrain": 0, "cold_start": 8, "clean": 8, "flipped": 0, "meta_questions": 4, "test_questions": 1}
+    flags = [f"--config.noisy_steps.{name}={size}" for name, size in sizes.items()]
+    arguments = ["--rounds", "1", "--config=configs/cold_start.py", "--config.pretrain.num_steps=0", *flags]
+    found = run_benchmark(startup, monkeypatch, tmp_path, *arguments)
+    fresh, kept = found["starts"]
+    for row in (fresh, kept):
+        stages = list(row.values())[1:6]
+        assert all(seconds > 0 for seconds in stages)
+        assert row["first line"] == pytest.approx(sum(stages))
+        assert row["programs"] == fresh["programs"] > 5
+    assert fresh["read back"] == 0 < kept["read back"]
+    assert [row["command"] for row in found["answers"]] == list(startup.ANSWERS)
+    assert all(row["s"] > 0 and row["CPU s"] > 0 for row in found["answers"])
+    assert "| first line |" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 
 from dreamprm_jax.data import batches, dataset
 from dreamprm_jax.data.bad_rows import RAISE, OnError, settle
-from dreamprm_jax.data.dataset import encode_all, with_shapes
+from dreamprm_jax.data.dataset import encode_all, first_rows, with_shapes
 from dreamprm_jax.errors import InputError
 from tests.test_batches import ROWS, SPEC, TOKENIZER, assert_same, encode, png, text_only
 
@@ -171,3 +171,17 @@ def test_data_sets_of_one_program_share_the_shapes():
     uneven = encode([text_only(row) if index % 2 else row for index, row in enumerate(ROWS.train[:6])])
     first, second = with_shapes([uneven, encode(ROWS.train[:4])], 3)
     assert (len(first.padded.shapes), len(second.padded.shapes)) == (2, 1)
+
+
+def test_the_first_rows_alone_are_as_encoded_alone():
+    rows = [text_only(row) if index % 2 else row for index, row in enumerate(ROWS.train[:6])]
+    rows[4] = rows[4]._replace(images=(png(56, 28, 7),))  # a shape that the first two do not need
+    expected = encode(rows[:2], max_shapes=2)
+    found = first_rows(encode(rows, max_shapes=5), 2, max_shapes=2)
+    for name in ("rows", "num_tokens", "num_tiles", "num_labels", "shape_of"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.padded == expected.padded
+    assert (found.ids, found.domains, len(found)) == (expected.ids, expected.domains, 2)
+    assert_same(batches.collate(found, [0, 1]), batches.collate(expected, [0, 1]))
+    with pytest.raises(InputError, match="has no rows"):
+        first_rows(expected, 0, max_shapes=2)

@@ -24,7 +24,7 @@ ORDER = [
     {"hypergradient"},
     {"check"},
     {"bilevel"},
-    {"metrics", "prepare", "messages", "endpoint"},
+    {"metrics", "prepare", "messages", "endpoint", "programs"},
     {"checkpoint", "workdir"},
     {"generate"},
     {"build", "steps", "train"},

@@ -92,6 +92,20 @@ def test_help_needs_no_config():
     assert "--config.FIELD=VALUE" in done.stdout
 
 
+@pytest.mark.parametrize("argument", ["--help", "--wrokdir=x", "--config.batch_size=0"])
+def test_an_answer_to_the_command_line_needs_no_jax(argument):
+    """Loading it takes longer than all the rest."""
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path('run.py', run_name='__main__')\n"
+        "finally: print(sorted({'jax', 'flax', 'orbax', 'matplotlib', 'scipy', 'grain'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, "run.py", TABLE, argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if argument == "--help" else 2)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 # Mistakes in files, shown on a tiny checkpoint of our own with the embedded benchmark's tokenizer.
 
 SIZES = noisy_steps.Sizes(pretrain=1, cold_start=1, clean=3, flipped=0, always_plus=0, trivial=0, test_questions=1)

@@ -107,9 +107,9 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, last_
     workdir, count = tmp_path / "killed", 0
     original = train._Logger.push
 
-    def push(logger, pending):
+    def push(logger, *step):
         nonlocal count
-        original(logger, pending)
+        original(logger, *step)
         count += 1
         if count > last_step:
             raise Killed

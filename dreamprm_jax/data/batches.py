@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from dreamprm_jax.data import shapes, sharing
 from dreamprm_jax.data.dataset import Dataset
+from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.data.sharing import BatchPlan, SharedBatch
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.types import WHOLE, Batch, Share
@@ -46,7 +48,7 @@ def collate(
     batch_size: int | None = None,
     *,
     share: Share = WHOLE,
-    shape: shapes.Shape | None = None,
+    shape: Shape | None = None,
 ) -> Batch:
     """The rows as one padded batch, in that order.
 
@@ -57,7 +59,7 @@ def collate(
       share: of them, what is read.
       shape: what they are padded to; None for the least of the data set's that all of them fit.
     """
-    shape = shape or _fitting(dataset, rows)
+    shape = shape or shape_of_rows(dataset, rows)
     slots = share.of(range(batch_size or len(rows)))
     own = [rows[slot] for slot in slots if slot < len(rows)]
     size, count, num_steps = len(slots), len(own), dataset.max_steps
@@ -88,7 +90,8 @@ def collate(
     )
 
 
-def _fitting(dataset: Dataset, rows: Sequence[int]) -> shapes.Shape:
+def shape_of_rows(dataset: Dataset, rows: Sequence[int]) -> Shape:
+    """What the rows are padded to as one batch."""
     return shapes.fitting(dataset.padded.shapes, dataset.num_tokens[rows].max(), dataset.num_tiles[rows].max())
 
 
@@ -142,6 +145,14 @@ class Plan:
         with _PLANNING:
             window = _window(self, number // self.window_size)
         return window[number % self.window_size]
+
+    def rows_from(self, first: int) -> Iterator[np.ndarray]:
+        """`plan[n]` for every n from `first` on; a walk through all of them leaves the windows of others in place."""
+        if self.shape_of is None:
+            yield from (self._drawn(number, 1) for number in range(first, self.num_batches))
+            return
+        for start in range(first // self.window_size * self.window_size, self.num_batches, self.window_size):
+            yield from self.window(start // self.window_size)[max(0, first - start) :]
 
     def _drawn(self, number: int, count: int) -> np.ndarray:
         start = number * self.batch_size
@@ -211,7 +222,7 @@ def training_batches(
     def batch_of(rows: np.ndarray) -> Batch:
         if num_inner_steps == 1:
             return collate(dataset, rows, share=share)
-        shape = _fitting(dataset, rows)
+        shape = shape_of_rows(dataset, rows)
         steps = [collate(dataset, step, share=share, shape=shape) for step in np.split(rows, num_inner_steps)]
         return Batch(*[None if leaves[0] is None else np.stack(leaves) for leaves in zip(*steps, strict=True)])
 
@@ -232,6 +243,24 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
 def count_visits(plan: Plan, num_rows: int) -> np.ndarray:
     """How often each row is drawn by the whole plan: int [num_rows]."""
     return np.bincount(np.concatenate([plan[n] for n in range(len(plan))]), minlength=num_rows)
+
+
+def shapes_met(streams: Sequence[tuple[Dataset, Plan]], first: int) -> Iterator[tuple[Shape, ...]]:
+    """The padded shapes that come together in a step, from number `first` on: each combination where it is first met.
+
+    Args:
+      streams: that give a batch to every step, in order.
+      first: number of the step.
+    """
+    num_possible = math.prod(len(dataset.padded.shapes) for dataset, _ in streams)
+    found: set[tuple[Shape, ...]] = set()
+    for rows in zip(*(plan.rows_from(first) for _, plan in streams), strict=True):
+        met = tuple(shape_of_rows(dataset, own) for (dataset, _), own in zip(streams, rows, strict=True))
+        if met not in found:
+            found.add(met)
+            yield met
+        if len(found) == num_possible:
+            return
 
 
 def shared_batches(

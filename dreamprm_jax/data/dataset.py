@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from dreamprm_jax.errors import InputError
 KEPT_BYTES = 256 * 2**20
 """Data sets in memory whose tiles take no more than this are decoded once."""
 
+_NO_ROWS = "the data set has no rows: give a file with at least one"
 _CHUNK = 256  # rows checked at once: what waits stays small however long the data set is
+_PART = 8  # rows that a thread takes at once: a small picture is decoded in less time than it is handed over
 
 
 class ImageSpec(NamedTuple):
@@ -183,7 +185,7 @@ def encode_all(
       InputError: no rows; or the first bad row, as `on_error` says.
     """
     if not len(examples):
-        raise InputError("the data set has no rows: give a file with at least one")
+        raise InputError(_NO_ROWS)
     in_memory = isinstance(examples, list | tuple)
     wanted = _Wanted(tokenizer, images, context, outcome_targets, soft_labels, in_memory)
     with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
@@ -219,7 +221,7 @@ def _check_rows(
     """Each row's lengths, or what is wrong with it."""
     for start in range(0, len(examples), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(examples)))
-        opened = list(pool.map(lambda row: _open(examples, row, wanted), rows))
+        opened = list(_in_parts(pool, lambda row: _open(examples, row, wanted), rows))
         good = [found for found in opened if not isinstance(found, InputError)]
         rows_good, tiles_good = [found[0] for found in good], [found[1] for found in good]
         encoded = iter(encode_many(wanted.tokenizer, rows_good, tiles_good, wanted.images.tokens_per_tile))
@@ -239,10 +241,8 @@ def _open(
             raise field_error(example.place, "true_false", "is missing; a meta row needs true or false")
         if wanted.soft_labels:
             _check_soft_labels(example)
-        if wanted.in_memory:
-            for source in example.images:
-                open_image(source, example.place)
-        return example, tiles_of_images(example, wanted.images)
+        size_of = _size_of_decoded if wanted.in_memory else image_size
+        return example, tiles_of_images(example, wanted.images, size_of)
     except InputError as error:
         return InputError(str(error), kind=error.kind)  # without its frames, which hold the row's images
 
@@ -268,9 +268,23 @@ def _check_soft_labels(example: Example) -> None:
         )
 
 
-def tiles_of_images(example: Example, images: ImageSpec) -> list[int]:
-    """Tiles of each of the row's images, thumbnails included; errors as those of `images.image_size`."""
-    sizes = [image_size(source, example.place) for source in example.images]
+def _in_parts(pool: ThreadPoolExecutor, function: Callable[[int], Any], rows: range) -> Iterator[Any]:
+    """`function` of every row, in order."""
+    parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
+    for found in pool.map(lambda part: list(map(function, part)), parts):
+        yield from found
+
+
+def _size_of_decoded(source: ImageSource, place: str) -> tuple[int, int]:
+    """As `image_size`, of an image that is then known to be whole."""
+    return open_image(source, place).size
+
+
+def tiles_of_images(
+    example: Example, images: ImageSpec, size_of: Callable[[ImageSource, str], tuple[int, int]] = image_size
+) -> list[int]:
+    """Tiles of each of the row's images, thumbnails included; errors as those of `size_of`."""
+    sizes = [size_of(source, example.place) for source in example.images]
     max_tiles = images.max_tiles_of(example)
     return [count_tiles(*size, max_tiles=max_tiles, tile_size=images.tile_size) for size in sizes]
 
@@ -281,8 +295,8 @@ def _kept_tiles(
     """The tiles of all rows, None for those that are skipped; None where they take more than `KEPT_BYTES`."""
     if sum(found.num_tiles for found in facts) * images.tile_size**2 * 3 > KEPT_BYTES:
         return None
-    read = lambda example, found: read_tiles(example, images) if found.encoded else None  # noqa: E731
-    return tuple(pool.map(read, examples, facts))
+    read = lambda row: read_tiles(examples[row], images) if facts[row].encoded else None  # noqa: E731
+    return tuple(_in_parts(pool, read, range(len(examples))))
 
 
 def read_tiles(example: Example, images: ImageSpec) -> np.ndarray:
@@ -292,6 +306,25 @@ def read_tiles(example: Example, images: ImageSpec) -> np.ndarray:
         tile_image(open_image(source, example.place), max_tiles=max_tiles, tile_size=size) for source in example.images
     ]
     return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *parts])
+
+
+def first_rows(dataset: Dataset, num_rows: int, max_shapes: int) -> Dataset:
+    """A data set in memory of the first rows of another, as `encode_all` makes it of them, with shapes of its own.
+
+    Raises:
+      InputError: there are none.
+    """
+    rows = dataset.rows[dataset.rows < num_rows]
+    if not len(rows):
+        raise InputError(_NO_ROWS)
+    fields = ("examples", "num_tokens", "num_tiles", "num_labels", "ids", "domains", "encoded")
+    return dataclasses.replace(
+        dataset,
+        rows=rows,
+        padded=shapes.choose(dataset.num_tokens[rows], dataset.num_tiles[rows], max_shapes),
+        tiles=None if dataset.tiles is None else dataset.tiles[:num_rows],
+        **{name: getattr(dataset, name)[:num_rows] for name in fields},
+    )
 
 
 def with_shapes(datasets: Sequence[Dataset], max_shapes: int) -> list[Dataset]:
