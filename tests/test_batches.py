@@ -177,7 +177,7 @@ def test_processes_share_a_batch_out_and_together_have_it(uneven, count, num_inn
     def read(*own, count=count):
         return batches.training_batches(uneven, plan, 1, num_inner_steps=num_inner_steps, share=Share(own, count))
 
-    axis = num_inner_steps > 1  # of the rows
+    axis = int(num_inner_steps > 1)  # of the rows
     for whole, *parts in zip(read(0, count=1), *[read(index) for index in range(count)], strict=True):
         joined = Batch(
             *[None if leaves[0] is None else np.concatenate(leaves, axis) for leaves in zip(*parts, strict=True)]
