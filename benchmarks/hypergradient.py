@@ -67,7 +67,7 @@ def estimators(
 
     for name in names:
         began = time.perf_counter()
-        compiled = jitted(problem, TABLE, name).lower(state, batch, meta_batch).compile()
+        compiled = jitted(partial(prm_problem, config, TABLE), TABLE, name).lower(state, batch, meta_batch).compile()
         found.append({"program": name, **analysis(compiled), "compile_seconds": time.perf_counter() - began})
         programs[name] = partial(run, compiled)
     seconds = interleave(programs, rounds)
@@ -82,7 +82,7 @@ def inner_step_memory(config: presets.InternVLConfig, bucket: tuple[int, int], c
     """Temporary memory of K inner steps, `mixed` against reverse over reverse; compiled, not run."""
     found = []
     for count in counts:
-        problem = prm_problem(config, TABLE, count)
+        problem = prm_problem(config, TABLE, num_inner_steps=count)
         state = jax.eval_shape(lambda problem=problem: bilevel.init_state(
             problem.inner_tx, optax.identity(), TABLE, internvl.init(config, jax.random.key(0))
         ))  # fmt: skip
@@ -137,7 +137,8 @@ def peers(config: presets.InternVLConfig, rounds: int, device: str, published: b
     table = weighting.instance_table(NUM_ROWS, "projected", -1.0, 3.0)
     problem = prm_problem(config, table)
     params = internvl.init(config, jax.random.key(0, impl="rbg"))
-    step, holder = jitted(problem, table, "dot"), {"state": fresh_state(problem, table, params)}
+    step = jitted(partial(prm_problem, config, table), table, "dot")
+    holder = {"state": fresh_state(problem, table, params)}
     steps = torch_steps(config, params, device, published)
     del params
 

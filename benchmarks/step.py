@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from benchmarks import workload
 from dreamprm_jax import losses
 from dreamprm_jax.hypergradient import ESTIMATORS, REVERSE_ONLY, check_estimator
-from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.models import internvl, presets, trained
 from dreamprm_jax.models.layers import choose_attention
 from dreamprm_jax.types import Batch, BilevelState
 
@@ -71,12 +71,19 @@ def attention_flops(config: presets.InternVLConfig, num_tiles: int, num_tokens: 
     return float(num_tiles * tile + language.num_layers * 2 * num_tokens**2 * language.width)
 
 
-def model_flops(config: presets.InternVLConfig, setting: Setting, num_tokens: int) -> float:
-    """Flops of one step: K training batches and, for a bilevel iteration, one meta batch."""
+def model_flops(config: presets.InternVLConfig, setting: Setting, num_tokens: int, what: str = "all") -> float:
+    """Flops of one step: K training batches and, for a bilevel iteration, one meta batch.
+
+    A gradient takes a forward pass, one more for the inputs' part and one more for the kernels' part, where there are
+    any: nothing goes back into a frozen tower, and beside adapters (`what`, as `model.trained`; their own products are
+    not counted) kernels have no part.
+    """
     forward = forward_flops(config, setting.num_tiles, num_tokens) * setting.batch_size
     if setting.program == "scoring":
         return forward
-    return 3 * forward * (setting.num_inner_steps + (setting.program == "bilevel"))
+    language = forward_flops(config, 0, num_tokens) * setting.batch_size
+    gradient = {"all": 3 * forward, "language": forward + 2 * language, "adapters": forward + language}[what]
+    return gradient * (setting.num_inner_steps + (setting.program == "bilevel"))
 
 
 def matrix_rate(dtype: str) -> float:
@@ -101,7 +108,12 @@ def tokens_of_row(config: presets.InternVLConfig, num_tiles: int) -> int:
 
 
 def traced_step(
-    config: presets.InternVLConfig, setting: Setting, estimator: str, micro_batch: int | None, state: Any
+    config: presets.InternVLConfig,
+    setting: Setting,
+    estimator: str,
+    micro_batch: int | None,
+    state: Any,
+    moment_dtype: str | None = None,
 ) -> tuple[Any, tuple[Batch, Batch]]:
     """(program, batches); the program is a `jax.stages.Traced`, (state, batch, meta_batch) -> (state, number)."""
     bucket = (setting.num_tiles, tokens_of_row(config, setting.num_tiles))
@@ -110,8 +122,15 @@ def traced_step(
     if setting.program == "scoring":
         step = jax.jit(partial(_score, config), donate_argnums=0)
     else:
-        problem = workload.prm_problem(config, workload.TABLE, setting.num_inner_steps, micro_batch)
-        step = workload.jitted(problem, workload.TABLE, "plain" if setting.program == "training" else estimator)
+        problem_of = partial(
+            workload.prm_problem,
+            config,
+            workload.TABLE,
+            num_inner_steps=setting.num_inner_steps,
+            meta_micro_batch=micro_batch,
+            moment_dtype=moment_dtype,
+        )
+        step = workload.jitted(problem_of, workload.TABLE, "plain" if setting.program == "training" else estimator)
     return step.trace(state, batch, meta), (batch, meta)
 
 
@@ -119,7 +138,7 @@ def _score(
     config: presets.InternVLConfig, state: BilevelState, batch: Batch, meta_batch: Batch
 ) -> tuple[BilevelState, jax.Array]:
     """P of every step's label, summed up; the state goes through."""
-    logits = internvl.apply(config, state.train.params, batch)
+    logits = internvl.apply(config, trained.merge(state.train.params, state.frozen), batch)
     return state, jnp.sum(jnp.exp(losses.label_log_probs(logits, batch.labels)))
 
 
@@ -129,6 +148,14 @@ def device_peak() -> float | None:
     return counted["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in counted else None
 
 
+def begun(config: presets.InternVLConfig, what: str, moment_dtype: str | None) -> BilevelState:
+    """Both levels at random parameters, `what` of them trained; free of memory under `jax.eval_shape`."""
+    key = jax.random.key(0, impl="rbg")
+    moved, frozen = trained.part(internvl.init(config, key), trained.Choice(what), config.compute_dtype, key)
+    problem = workload.prm_problem(config, workload.TABLE, moment_dtype=moment_dtype)
+    return workload.fresh_state(problem, workload.TABLE, moved, frozen)
+
+
 def measure(
     config: presets.InternVLConfig,
     settings: list[Setting],
@@ -136,19 +163,18 @@ def measure(
     estimator: str,
     micro_batch: int | None,
     rounds: int,
+    what: str = "all",
+    moment_dtype: str | None = None,
 ) -> list[dict[str, Any]]:
     """One dict a setting; the programs share one state in turn, so that a card need not hold one each."""
-    problem = workload.prm_problem(config, workload.TABLE)
-    params = internvl.init(config, jax.random.key(0, impl="rbg"))
-    holder = {"state": workload.fresh_state(problem, workload.TABLE, params)}
-    del params
+    holder = {"state": begun(config, what, moment_dtype)}
     state = jax.eval_shape(lambda: holder["state"])
 
     def build(traced: Any) -> tuple[Any, float]:
         lowered, began = traced.lower(), time.perf_counter()
         return lowered.compile(), time.perf_counter() - began
 
-    parts = [traced_step(config, setting, estimator, micro_batch, state) for setting in settings]
+    parts = [traced_step(config, setting, estimator, micro_batch, state, moment_dtype) for setting in settings]
     with ThreadPoolExecutor(max_workers=max(1, min(len(parts), (os.cpu_count() or 2) // 2))) as pool:
         built = list(pool.map(build, [traced for traced, _ in parts]))
     peaks: dict[Setting, float | None] = {}
@@ -206,6 +232,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--meta-micro-batch", type=int, default=None, help="meta rows at a time; default: all")
     parser.add_argument("--attention", default="auto", choices=("auto", *presets.ATTENTIONS))
     parser.add_argument("--remat", default="none", choices=presets.REMAT_POLICIES)
+    parser.add_argument("--trained", default="all", choices=trained.TRAINED)
+    parser.add_argument("--moment-dtype", default=None, choices=("float32", "bfloat16"))
     parser.add_argument("--scan-unroll", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("step.json"), help="where the figures go; .md beside it")
@@ -244,7 +272,9 @@ def main() -> None:
     ]
     settings = list(dict.fromkeys(settings))
     rate = matrix_rate(dtype)
-    rows = measure(config, settings, rate, args.estimator, args.meta_micro_batch, args.rounds)
+    rows = measure(
+        config, settings, rate, args.estimator, args.meta_micro_batch, args.rounds, args.trained, args.moment_dtype
+    )
     options = vars(args) | {"attention": attention, "dtype": dtype}
     workload.report(args.json, options, {"matrix TFLOP/s": rate / 1e12, "rows": rows})
 

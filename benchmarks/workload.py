@@ -21,7 +21,7 @@ import numpy as np
 from dreamprm_jax import bilevel, losses, optimizers, weighting
 from dreamprm_jax.hypergradient import ESTIMATORS
 from dreamprm_jax.inner import Problem, inner_steps, micro_batched
-from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.models import internvl, presets, trained
 from dreamprm_jax.types import Batch, BilevelState
 
 IMAGE_TOKEN = 151_667  # <IMG_CONTEXT> of InternVL3's tokenizer: transformers counts its places
@@ -80,30 +80,36 @@ def stacked(batch: Batch, count: int) -> Batch:
 def prm_problem(
     config: presets.InternVLConfig,
     table: weighting.Weighting,
+    frozen: Any = None,
+    *,
     num_inner_steps: int = 1,
     meta_micro_batch: int | None = None,
+    moment_dtype: str | None = None,
 ) -> Problem:
-    """The published objective on both levels, with the project's AdamW below."""
+    """The published objective on both levels, with the project's AdamW below; `frozen`: parameters beside `params`."""
 
     def step_losses(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
+        params = trained.merge(params, frozen)
         logits = internvl.apply(config, params, batch)
         return losses.example_losses(losses.label_log_probs(logits, batch.labels), batch.step_mask, "mean"), {}
 
     def meta_loss(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
+        params = trained.merge(params, frozen)
         probabilities = jnp.exp(losses.label_log_probs(internvl.apply(config, params, batch), batch.labels))
         return jnp.mean(losses.meta_loss_mse(losses.masked_mean(probabilities, batch.step_mask))), {}
 
-    inner_tx = optimizers.adamw(lambda count: 5e-5, weight_decay=0.01)
+    inner_tx = optimizers.adamw(lambda count: 5e-5, weight_decay=0.01, moment_dtype=moment_dtype)
     if meta_micro_batch is not None:
         meta_loss = micro_batched(meta_loss, meta_micro_batch)
     return Problem(step_losses, table.apply, meta_loss, inner_tx, num_inner_steps=num_inner_steps)
 
 
-def jitted(problem: Problem, table: weighting.Weighting, name: str) -> Callable[..., Any]:
-    """A whole iteration, state donated; "plain" is the inner step alone."""
+def jitted(problem_of: Callable[[Any], Problem], table: weighting.Weighting, name: str) -> Callable[..., Any]:
+    """A whole iteration, state donated; "plain" is the inner step alone. `problem_of`: of the frozen parameters."""
     meta_tx = optimizers.per_entry_rmsprop(lambda count: 5e-3)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, jax.Array]:
+        problem = problem_of(state.frozen)
         if name == "plain":
             train, metrics = inner_steps(problem, state.train, state.meta_params, batch)
             return state._replace(train=train), metrics["inner_loss"]
@@ -113,10 +119,11 @@ def jitted(problem: Problem, table: weighting.Weighting, name: str) -> Callable[
     return jax.jit(step, donate_argnums=0)
 
 
-def fresh_state(problem: Problem, table: weighting.Weighting, params: Any) -> BilevelState:
-    """Both levels at `params` (copied: the step donates)."""
+def fresh_state(problem: Problem, table: weighting.Weighting, params: Any, frozen: Any = None) -> BilevelState:
+    """Both levels at `params` (copied, as `frozen` is: the step donates)."""
     meta_tx = optimizers.per_entry_rmsprop(lambda count: 5e-3)
-    return bilevel.init_state(problem.inner_tx, meta_tx, table, jax.tree.map(jnp.copy, params))
+    params, frozen = jax.tree.map(jnp.copy, (params, frozen or {}))
+    return bilevel.init_state(problem.inner_tx, meta_tx, table, params, frozen=frozen)
 
 
 def interleave(programs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

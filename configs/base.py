@@ -22,7 +22,15 @@ def get_config() -> config_dict.ConfigDict:
     # "org/name@revision"), or a workdir of ours. None: the embedded benchmark's tiny model.
     cfg.model.checkpoint = config_dict.placeholder(str)
     cfg.model.tokenizer = config_dict.placeholder(str)  # directory with tokenizer.json; None: beside the weights
-    cfg.model.param_dtype = "float32"  # of parameters and moments: float32 | bfloat16
+    cfg.model.param_dtype = "float32"  # of the trained parameters: float32 | bfloat16
+    # Of the inner level's moments: float32 | bfloat16 (the second one rounded at random). None: as the parameters
+    cfg.model.moment_dtype = config_dict.placeholder(str)
+    # What training moves: all | language (the vision tower and the projector are frozen) | adapters (low-rank additions
+    # to the language model's projections, LoRA; all else is frozen). What is frozen is kept in the compute type.
+    # Pretraining, the embedded benchmark's stand-in for a checkpoint, moves everything.
+    cfg.model.trained = "all"
+    cfg.model.lora_rank = 16  # of the adapters, >= 1
+    cfg.model.lora_alpha = 32.0  # an adapter's product counts alpha / rank, > 0
     cfg.model.compute_dtype = "float32"  # of activations: float32 | bfloat16
     # auto | xla | cudnn: cudnn is fused (NVIDIA GPUs, bfloat16), and has no forward mode, which some estimators need
     # (docs/bilevel.md); auto takes it where it serves

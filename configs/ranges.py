@@ -12,8 +12,8 @@ PROBABILITIES = ("mean", "min", "max", "last", "product", "log_mean", "mean_log_
 """Aggregations that give a probability, as a meta loss needs; others are for selection alone."""
 
 
-def _one_of(*values: str):
-    return (lambda value: value in values), "one of " + ", ".join(values)
+def _one_of(*values: str | None):
+    return (lambda value: value in values), "one of " + ", ".join(filter(None, values))
 
 
 def _at_least(minimum: float):
@@ -45,6 +45,10 @@ CHECKS = {
     "data.threads": _at_least(1),
     "data.workers": _at_least(0),
     "model.param_dtype": _one_of("float32", "bfloat16"),
+    "model.moment_dtype": _one_of(None, "float32", "bfloat16"),
+    "model.trained": _one_of("all", "language", "adapters"),
+    "model.lora_rank": _at_least(1),
+    "model.lora_alpha": _above(0),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.remat": _one_of("none", "dots", "full"),

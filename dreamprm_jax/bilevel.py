@@ -29,15 +29,18 @@ def init_state(
     weighting: Weighting,
     params: PyTree,
     num_remembered: int = 0,
+    frozen: PyTree = None,
 ) -> BilevelState:
     """Both levels, fresh: `params` as given, the weighting as it starts.
 
-    `num_remembered` training rows have their last weight kept, for weightings that cannot tell it afterwards.
+    `num_remembered` training rows have their last weight kept, for weightings that cannot tell it afterwards. `frozen`
+    goes through every step as it is; None: there is nothing frozen.
     """
     meta_params = weighting.init()
     last_weights = {"rows": jnp.full((num_remembered,), jnp.nan)} if num_remembered else {}
     train = init_train_state(inner_tx, params)
-    return BilevelState(train, meta_params, meta_tx.init(meta_params), ema={}, last_weights=last_weights)
+    meta_opt_state = meta_tx.init(meta_params)
+    return BilevelState(train, meta_params, meta_opt_state, ema={}, last_weights=last_weights, frozen=frozen or {})
 
 
 def with_ema(state: BilevelState) -> BilevelState:
@@ -47,7 +50,7 @@ def with_ema(state: BilevelState) -> BilevelState:
 
 
 def scoring_params(state: BilevelState) -> PyTree:
-    """The parameters that score: the moving average where one is kept."""
+    """The trained parameters that score: the moving average where one is kept."""
     return state.ema or state.train.params
 
 

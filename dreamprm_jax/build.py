@@ -24,7 +24,7 @@ from dreamprm_jax.data.example import Example
 from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
-from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.models import internvl, presets, trained
 from dreamprm_jax.sharding import num_row_shards, table_length
 from dreamprm_jax.types import SUPERVISED, Batch, PyTree, Share
 
@@ -256,8 +256,12 @@ def read_meta_params(path: str, shapes: PyTree) -> PyTree:
     return {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
 
 
-def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
-    """The bilevel problem of a process reward model; docs/bilevel.md has the objective and both meta targets."""
+def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any, frozen: PyTree = None) -> Problem:
+    """The bilevel problem of a process reward model; docs/bilevel.md has the objective and both meta targets.
+
+    `frozen`: parameters beside those that the problem's functions are given, such as a jitted step's own argument;
+    None: there are none.
+    """
     aggregate, meta_loss = losses.AGGREGATIONS[cfg.aggregate], losses.META_LOSSES[cfg.meta_loss]
     plus, minus = model.tokenizer.plus_id, model.tokenizer.minus_id
     as_torch = cfg.vocabulary_sum == "torch_cpu" and jax.default_backend() == "cpu"
@@ -266,6 +270,7 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
     needed = weighting.outputs_read(cfg.weighting.features, cfg.weighting.steps) if is_net else set()
 
     def step_losses(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = trained.merge(params, frozen)
         hidden = internvl.step_hidden_states(model.config, params, batch)
         logits = internvl.head(model.config, params, hidden)
         if batch.soft_labels is None:
@@ -284,6 +289,7 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any) -> Problem:
         return losses.example_losses(log_probs, batch.step_mask, cfg.step_loss), outputs
 
     def outcome_loss(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = trained.merge(params, frozen)
         logits = internvl.apply(model.config, params, batch)
         if cfg.meta_target == "both":
             # [B, S], of "+" or "-" by outcome

@@ -1,8 +1,9 @@
 """Orbax checkpoints of a whole run, and the one place where a model is loaded from wherever it lies.
 
 A checkpoint holds the state of both levels and the number of the next step, of which every batch is a function: what
-a killed run needs to go on bit for bit. A workdir also keeps the model's config and tokenizer,
-so that it can be loaded by itself.
+a killed run needs to go on bit for bit. What is frozen is in every one: less than the moments that a whole model would
+have, and a checkpoint suffices by itself. A workdir also keeps the model's config and tokenizer, so that it can be
+loaded alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
@@ -22,7 +22,7 @@ from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.data.tokens import PRMTokenizer, load_tokenizer, wrap
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
-from dreamprm_jax.models import config_json, convert, internvl, presets
+from dreamprm_jax.models import config_json, convert, internvl, presets, trained
 from dreamprm_jax.models.layers import choose_attention
 from dreamprm_jax.types import BilevelState, PyTree
 
@@ -55,16 +55,17 @@ class Checkpoints:
         arrays = ocp.args.StandardSave(snapshot.state)
         self._manager.save(step, args=ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress)))
 
-    def restore_latest(self, template: Snapshot) -> Snapshot | None:
-        """The newest snapshot, shaped and placed like `template`; None where there is none."""
+    def latest_progress(self) -> dict[str, Any] | None:
+        """The progress of the newest snapshot; None where there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template.state), progress=ocp.args.JsonRestore()),
-        )
-        return Snapshot(restored["arrays"], restored["progress"])
+        return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+
+    def restore_latest(self, template: BilevelState) -> BilevelState:
+        """The newest snapshot's state, shaped and placed like `template`."""
+        arrays = ocp.args.StandardRestore(template)
+        return self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(arrays=arrays))["arrays"]
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -121,8 +122,9 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
     config = dataclasses.replace(
         config, remat=cfg.remat, compute_dtype=cfg.compute_dtype, attention=attention, mesh=mesh
     )
-    dtype = jnp.dtype(cfg.param_dtype)
-    params = jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(cfg.param_dtype), params)
+    if cfg.checkpoint is not None:  # before it is on the device; a fresh model is trained as a whole first
+        params = trained.as_kept(params, cfg.trained, cfg.compute_dtype)
     return Model(config, sharding.place(mesh, params), tokenizer)
 
 
@@ -157,23 +159,24 @@ def _attention(cfg: Any, forward_mode: bool) -> str:
 
 
 def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.InternVLConfig, PyTree]:
-    """The newest parameters of a run of ours, on that mesh, whichever it ran on.
+    """The newest parameters of a run of ours, whole, whatever of them it trains; on that mesh, whichever it ran on.
 
     Raises:
       InputError: no finished checkpoint in it.
     """
     config = config_json.config_from_json(workdir / MODEL / "config.json")
-    shapes = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
-    shapes = sharding.shapes(mesh, shapes)
-    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute()) as manager:
+    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), item_handlers=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
         # Only the parameters that score: moments and table of a 1B run are three times their size.
         progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
         averaged = progress.get("averaged", False)
-        wanted = {"ema": shapes} if averaged else {"train": {"params": shapes}}
+        saved = manager.item_metadata(step)["arrays"].tree
+        moved = {"ema": saved["ema"]} if averaged else {"train": {"params": saved["train"]["params"]}}
+        wanted = sharding.shapes(mesh, {**moved, "frozen": saved.get("frozen", {})})
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-        restored = manager.restore(step, args=ocp.args.Composite(arrays=restore))
-    return config, restored["arrays"]["ema"] if averaged else restored["arrays"]["train"]["params"]
+        arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
+    return config, trained.whole(arrays["ema"] if averaged else arrays["train"]["params"], arrays["frozen"])

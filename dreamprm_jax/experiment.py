@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dreamprm_jax import bilevel, build, sharding, steps
-from dreamprm_jax.checkpoint import Checkpoints, Model, Snapshot, load_model, save_model_card
+from dreamprm_jax.checkpoint import Checkpoints, Snapshot, load_model, save_model_card
 from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
 from dreamprm_jax.metrics import MetricsWriter
+from dreamprm_jax.models import presets, trained
 from dreamprm_jax.optimizers import derivative_vanishes
 from dreamprm_jax.train import Cadence, Phase, run_phase
-from dreamprm_jax.types import SUPERVISED, BilevelState
+from dreamprm_jax.types import SUPERVISED, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting
 from dreamprm_jax.workdir import claim_workdir, files_of_process
+
+Part = Callable[[PyTree], tuple[PyTree, PyTree]]
+"""Whole parameters -> (trained, frozen)."""
 
 
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
@@ -43,9 +50,12 @@ def _run_training(cfg: Any, workdir: Path, shared: Path) -> dict[str, Any]:
     model = load_model(cfg.model, cfg.seed, steps.needs_forward_mode(cfg), mesh)
     data = build.training_data(cfg, model)
     weighting, levels = build.instance_weighting(cfg, data.train, model), steps.levels(cfg)
-    problem = build.prm_problem(cfg, model, weighting.apply, levels.inner_tx)
-    estimator = resolve(cfg, problem, model) if cfg.num_steps and cfg.weighting.name != "uniform" else None
-    run = phases(cfg, model, data, weighting, levels, problem, estimator)
+    problem_of = partial(build.prm_problem, cfg, model, weighting.apply, levels.inner_tx)
+    part = parting(cfg)
+    params, frozen = part(model.params)
+    weighted = cfg.num_steps and cfg.weighting.name != "uniform"
+    estimator = resolve(cfg, problem_of(), model.config, params, frozen) if weighted else None
+    run = phases(cfg, data, weighting, levels, problem_of, estimator, mesh)
     claim_workdir(workdir, build.record(cfg))
     summary_path = workdir / "summary.json"
     if summary_path.is_file():
@@ -55,29 +65,40 @@ def _run_training(cfg: Any, workdir: Path, shared: Path) -> dict[str, Any]:
         print(f"{name}: {getattr(data, name).describe()}", file=sys.stderr)
     save_model_card(workdir, model.config, model.tokenizer)
     num_remembered = sharding.table_length(len(data.train)) if cfg.weighting.name == "net" else 0
-    state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, model.params, num_remembered)
-    state = sharding.place(mesh, state)
-    snapshot = train(cfg, workdir, shared, run, state)
-    model = model._replace(params=bilevel.scoring_params(snapshot.state))
+    if is_whole(run[0][0]):
+        params, frozen = model.params, {}
+    state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, params, num_remembered, frozen)
+    snapshot = train(cfg, workdir, shared, run, sharding.place(mesh, state), part)
+    params = trained.whole(bilevel.scoring_params(snapshot.state), snapshot.state.frozen)
+    model = model._replace(params=params)
     from dreamprm_jax.results import finish  # plots and statistics: nothing that the first step should wait for
 
     return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
 
 
-def resolve(cfg: Any, problem: Problem, model: Model) -> str:
+def parting(cfg: Any) -> Part:
+    """How `model.trained` parts a model; adapters are begun from the run's seed."""
+    choice = trained.Choice(cfg.model.trained, cfg.model.lora_rank, cfg.model.lora_alpha)
+    return partial(
+        trained.part, choice=choice, compute_dtype=cfg.model.compute_dtype, key=jax.random.key(cfg.seed, impl="rbg")
+    )
+
+
+def is_whole(phase: Phase) -> bool:
+    """Whether a phase trains everything, whatever `model.trained` says: pretraining, which a checkpoint has had."""
+    return phase.name == "pretrain"
+
+
+def resolve(cfg: Any, problem: Problem, config: presets.InternVLConfig, params: PyTree, frozen: PyTree) -> str:
     """The estimator of the run, told on stderr; warns where its optimizer hides the weights from the meta loss."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    fit = steps.gradients_that_fit(model.params, model.config.mesh, memory)
-    estimator = steps.resolve_estimator(cfg, problem, forward_mode=model.config.attention == "xla", fit=fit)
+    fit = steps.gradients_that_fit(params, frozen, config.mesh, memory)
+    estimator = steps.resolve_estimator(cfg, problem, forward_mode=config.attention == "xla", fit=fit)
     print(
-        f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {model.config.attention}",
+        f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {config.attention}",
         file=sys.stderr,
     )
-    if (
-        cfg.inner.lr
-        and estimator in EXACT
-        and derivative_vanishes(problem.inner_tx, model.params, min(4, cfg.num_steps))
-    ):
+    if cfg.inner.lr and estimator in EXACT and derivative_vanishes(problem.inner_tx, params, min(4, cfg.num_steps)):
         warnings.warn(
             "the inner optimizer's step does not depend on its gradient in every step: the exact meta-gradient is 0 "
             "there (sign-type and accumulating optimizers)",
@@ -88,15 +109,15 @@ def resolve(cfg: Any, problem: Problem, model: Model) -> str:
 
 def phases(
     cfg: Any,
-    model: Model,
     data: build.TrainingData,
     weighting: Weighting,
     levels: steps.Levels,
-    problem: Problem,
+    problem_of: steps.ProblemOf,
     estimator: str | None,
+    mesh: Mesh | None,
 ) -> list[tuple[Phase, Any]]:
     """The run's phases, in order, each with the optimizer of its inner level."""
-    found, first_step, mesh = [], 0, model.config.mesh
+    found, first_step = [], 0
     share = sharding.share_of_process(mesh)
 
     def phase_of(name: str, num_steps: int, step: bilevel.Step, datasets: dict[str, Dataset]) -> Phase:
@@ -106,22 +127,24 @@ def phases(
     for name in SUPERVISED:
         phase, dataset = cfg[name], getattr(data, name)
         if phase.num_steps and dataset is not None:  # files have nothing to pretrain on
-            step, tx = steps.supervised(cfg, phase, problem, mesh)
+            step, tx = steps.supervised(cfg, phase, problem_of, mesh)
             found.append((phase_of(name, phase.num_steps, step, {name: dataset}), tx))
             first_step += phase.num_steps
     if cfg.num_steps:
         datasets = {"train": data.train}
         if estimator is None:
             clip_norm = steps.clip_of_weighted(cfg)
-            name, step = "uniform", steps.plain_step(problem, levels.inner_rate, clip_norm, cfg.ema_decay, mesh)
+            name, step = "uniform", steps.plain_step(problem_of, levels.inner_rate, clip_norm, cfg.ema_decay, mesh)
         else:
-            name, step = "bilevel", steps.weighted_step(cfg, problem, estimator, levels, weighting, mesh)
+            name, step = "bilevel", steps.weighted_step(cfg, problem_of, estimator, levels, weighting, mesh)
             datasets["meta"] = data.meta
         found.append((phase_of(name, cfg.num_steps, step, datasets), levels.inner_tx))
     return found
 
 
-def train(cfg: Any, workdir: Path, shared: Path, run: list[tuple[Phase, Any]], state: BilevelState) -> Snapshot:
+def train(
+    cfg: Any, workdir: Path, shared: Path, run: list[tuple[Phase, Any]], state: BilevelState, part: Part
+) -> Snapshot:
     """Runs all phases, from the newest checkpoint where there is one.
 
     1. No checkpoint: start the first phase at `state`.
@@ -131,23 +154,39 @@ def train(cfg: Any, workdir: Path, shared: Path, run: list[tuple[Phase, Any]], s
     if cfg.ema_decay is not None:
         state = bilevel.with_ema(state)
     with closing(Checkpoints(shared, cfg.checkpoints_to_keep)) as checkpoints:
-        fresh = Snapshot(state, {"phase": None, "seconds": 0.0})
-        snapshot = checkpoints.restore_latest(fresh) or fresh
-        reached = [phase.name for phase, _ in run].index(snapshot.progress["phase"]) if snapshot is not fresh else -1
-        first_step = run[reached][0].first_step + snapshot.progress["next_step"] if reached >= 0 else 0
+        progress, reached, first_step = checkpoints.latest_progress(), -1, 0
+        if progress is None:
+            snapshot = Snapshot(state, {"phase": None, "seconds": 0.0})
+        else:
+            reached = [phase.name for phase, _ in run].index(progress["phase"])
+            first_step = run[reached][0].first_step + progress["next_step"]
+            snapshot = _restored(checkpoints, run[reached], Snapshot(state, progress), part)
         num_steps = sum(phase.num_steps for phase, _ in run)
         with closing(MetricsWriter(workdir, first_step, num_steps)) as writer:
             for position, (phase, inner_tx) in enumerate(run):
                 if position > reached:
-                    snapshot = _begin(phase, inner_tx, snapshot)
+                    snapshot = _begin(phase, inner_tx, snapshot, part)
                 if position >= reached:
                     cadence = Cadence(cfg.log_every, cfg.checkpoint_every)
                     snapshot = run_phase(phase, snapshot, writer, checkpoints, cadence)
     return snapshot
 
 
-def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot) -> Snapshot:
-    train_state = bilevel.init_train_state(inner_tx, snapshot.state.train.params)
+def _restored(checkpoints: Checkpoints, reached: tuple[Phase, Any], fresh: Snapshot, part: Part) -> Snapshot:
+    """The newest snapshot; what `fresh` holds is freed, as a first step would have done by donation."""
+    like = fresh.state
+    if not (is_whole(reached[0]) or like.frozen):  # the phase may part the model otherwise than the run's beginning
+        like = _begin(*reached, fresh, part).state
+    state = checkpoints.restore_latest(like)
+    jax.tree.map(lambda leaf: leaf.delete(), (fresh.state, like))
+    return Snapshot(state, fresh.progress)
+
+
+def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot, part: Part) -> Snapshot:
+    state = snapshot.state
+    params, frozen = state.train.params, state.frozen
+    if not (is_whole(phase) or frozen):
+        params, frozen = part(params)
     progress = {**snapshot.progress, "phase": phase.name, "next_step": 0}
-    state = snapshot.state._replace(train=train_state)
+    state = state._replace(train=bilevel.init_train_state(inner_tx, params), frozen=frozen)
     return Snapshot(sharding.place(phase.mesh, bilevel.with_ema(state) if state.ema else state), progress)

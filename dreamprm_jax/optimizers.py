@@ -87,28 +87,85 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def _no_moments(params: Any) -> optax.ScaleByAdamState:
-    mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+@jax.custom_jvp
+def round_at_random(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """float32 -> bfloat16, one of its two neighbours there, so that the mean over the uint16 `bits` is x.
+
+    For the derivative the rounding is the identity.
+    """
+    # A bfloat16 is the upper half of a float32: the lower half carries over as often as it is large.
+    carried = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits.astype(jnp.uint32)
+    upper = jax.lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), upper, x.astype(jnp.bfloat16))
+
+
+@round_at_random.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+    return round_at_random(*primals), tangents[0].astype(jnp.bfloat16)
+
+
+def _bits(shape: tuple[int, ...], count: jax.Array, number: int) -> jax.Array:
+    """uint16 [shape], a hash of each entry's place, the step and the leaf's number.
+
+    Plain arithmetic on the place, which XLA computes where the bits are used: `jax.random` would write them to memory
+    first, half a gigabyte for every 268 million parameters, and takes twice as long to compile.
+    """
+
+    def mixed(x: jax.Array) -> jax.Array:  # the last steps of MurmurHash3: every bit of x moves every other
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    seed = mixed(mixed(count.astype(jnp.uint32)) + jnp.uint32(number))
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return (mixed(mixed(place) + seed) >> 16).astype(jnp.uint16)
+
+
+def _no_moments(params: Any, moment_dtype: str | None) -> optax.ScaleByAdamState:
+    mu, nu = (jax.tree.map(lambda leaf: jnp.zeros_like(leaf, moment_dtype), params) for _ in range(2))
     return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
 
-def _moments(state: optax.ScaleByAdamState, grads: Any, b1: float, b2: float) -> tuple[Any, Any]:
-    """Adam's next moments, computed in float32 at least and rounded once to the type they are kept in."""
+def _moments(
+    state: optax.ScaleByAdamState, grads: Any, b1: float, b2: float, moment_dtype: str | None
+) -> tuple[Any, Any]:
+    """Adam's next moments, computed in float32 at least and rounded once to the type they are kept in.
+
+    A second moment that moves by 1/1000 a step would stand still in bfloat16, whose numbers are 1/128 to 1/256 apart.
+    Where that type is asked for it is rounded at random, by bits that are a function of the step's number: on average
+    it is right, and a resumed run has the same. Where the type is the parameters' own it stands still, as published.
+    For the derivative either rounding is the identity.
+    """
 
     def mix(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
-        return (decay * widen(old) + (1 - decay) * new).astype(old.dtype)
+        return decay * widen(old) + (1 - decay) * new
 
-    mu = jax.tree.map(lambda m, g: mix(m, widen(g), b1), state.mu, grads)
+    mu = jax.tree.map(lambda m, g: mix(m, widen(g), b1).astype(m.dtype), state.mu, grads)
     nu = jax.tree.map(lambda v, g: mix(v, jnp.square(widen(g)), b2), state.nu, grads)
-    return mu, nu
+    if moment_dtype != "bfloat16":
+        return mu, jax.tree.map(lambda new, old: new.astype(old.dtype), nu, state.nu)
+    leaves, tree = jax.tree.flatten(nu)
+    rounded = [
+        round_at_random(leaf.astype(jnp.float32), _bits(leaf.shape, state.count, number))
+        for number, leaf in enumerate(leaves)
+    ]
+    return mu, tree.unflatten(rounded)
 
 
-def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with the same values, whose derivative is finite everywhere."""
+def scale_by_adam_meta_safe(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, moment_dtype: str | None = None
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with the same values, whose derivative is finite everywhere.
+
+    `moment_dtype`: "float32" or "bfloat16", that the moments are kept in; None: the parameters' own. The step itself is
+    computed in float32.
+    """
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         count = state.count + 1
-        mu, nu = _moments(state, grads, b1, b2)
+        mu, nu = _moments(state, grads, b1, b2, moment_dtype)
         correction1 = 1 - b1 ** count.astype(jnp.float32)
         correction2 = 1 - b2 ** count.astype(jnp.float32)
 
@@ -116,18 +173,19 @@ def scale_by_adam_meta_safe(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-
         # two more arrays of the parameters' size, while the meta loss takes its memory.
         @jax.checkpoint
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
-            return ((widen(m) / correction1) / (safe_sqrt(widen(v) / correction2) + eps)).astype(m.dtype)
+            return (widen(m) / correction1) / (safe_sqrt(widen(v) / correction2) + eps)
 
-        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+        directions = jax.tree.map(lambda g, m, v: direction(m, v).astype(g.dtype), grads, mu, nu)
+        return directions, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(_no_moments, update)
+    return optax.GradientTransformation(lambda params: _no_moments(params, moment_dtype), update)
 
 
 def decay_mask(params: Any) -> Any:
     """True for matrices and embeddings; norms, biases, layer scales and position tables are not decayed."""
 
     def is_decayed(path: tuple, _: jax.Array) -> bool:
-        return path[-1].key in ("kernel", "embedding", "lm_head")
+        return path[-1].key in ("kernel", "embedding", "lm_head", "lora_a", "lora_b")
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
@@ -145,11 +203,16 @@ def clip_by_global_norm(clip_norm: float) -> optax.GradientTransformation:
 
 
 def adamw(
-    learning_rate: Schedule, *, weight_decay: float, eps: float = 1e-8, decay_all: bool = False
+    learning_rate: Schedule,
+    *,
+    weight_decay: float,
+    eps: float = 1e-8,
+    decay_all: bool = False,
+    moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """Meta-safe Adam with decoupled decay, on matrices and embeddings or on all parameters."""
     return optax.chain(
-        scale_by_adam_meta_safe(eps=eps),
+        scale_by_adam_meta_safe(eps=eps, moment_dtype=moment_dtype),
         optax.add_decayed_weights(weight_decay, mask=None if decay_all else decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -161,7 +224,13 @@ def _one_minus_power(base: float, count: jax.Array) -> jax.Array:
 
 
 def hf_adamw(
-    learning_rate: Schedule, *, weight_decay: float, eps: float = 1e-6, b1: float = 0.9, b2: float = 0.999
+    learning_rate: Schedule,
+    *,
+    weight_decay: float,
+    eps: float = 1e-6,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """transformers' own AdamW, which the published code uses (REFERENCE 3), with a derivative that is finite.
 
@@ -171,7 +240,7 @@ def hf_adamw(
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
         rate, count = learning_rate(state.count), state.count + 1
-        mu, nu = _moments(state, grads, b1, b2)
+        mu, nu = _moments(state, grads, b1, b2, moment_dtype)
         size = rate * jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
 
         @jax.checkpoint  # as in scale_by_adam_meta_safe
@@ -181,7 +250,7 @@ def hf_adamw(
 
         return jax.tree.map(change, params, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(_no_moments, update)
+    return optax.GradientTransformation(lambda params: _no_moments(params, moment_dtype), update)
 
 
 class PerEntryState(NamedTuple):

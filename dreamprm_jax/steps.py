@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from dreamprm_jax.inner import Problem, inner_steps
 from dreamprm_jax.types import SUPERVISED, Batch, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting, uniform
 
+ProblemOf = Callable[[PyTree], Problem]
+"""The frozen parameters -> the problem in the trained ones; a step calls it inside its jit, on its own argument."""
+
 
 class Levels(NamedTuple):
     """The two optimizers of the bilevel phase, and their learning rates by step."""
@@ -33,7 +37,7 @@ def levels(cfg: Any) -> Levels:
     inner_rate = schedule(cfg.inner, cfg.inner.lr, cfg.num_steps * cfg.num_inner_steps)
     meta_rate = schedule(cfg.outer, cfg.outer.lr, cfg.num_steps)
     return Levels(
-        inner_tx=inner_optimizer(cfg.inner, cfg.inner, inner_rate, clip_of_weighted(cfg)),
+        inner_tx=inner_optimizer(cfg.inner, cfg.inner, inner_rate, clip_of_weighted(cfg), cfg.model.moment_dtype),
         inner_rate=inner_rate,
         meta_tx=outer_optimizer(cfg, meta_rate, inner_rate),
         meta_rate=meta_rate,
@@ -45,16 +49,21 @@ def schedule(level: Any, peak: float, num_steps: int) -> optimizers.Schedule:
     return optimizers.SCHEDULES[level.schedule](peak, num_steps, level.warmup)
 
 
-def supervised(cfg: Any, phase: Any, problem: Problem, mesh: Mesh | None) -> tuple[Step, optax.GradientTransformation]:
+def supervised(
+    cfg: Any, phase: Any, problem_of: ProblemOf, mesh: Mesh | None
+) -> tuple[Step, optax.GradientTransformation]:
     """The jitted step of a phase of plain supervised training, and its optimizer.
 
     `phase` is the config's `pretrain` or `cold_start`; all weights are 1, whatever weighting the problem has.
     """
     rate = schedule(cfg.inner, phase.lr, phase.num_steps)
-    tx = inner_optimizer(cfg.inner, phase, rate, phase.clip_norm)
-    plain = problem._replace(
-        weights=uniform().apply, inner_tx=tx, num_inner_steps=1, detached=True, example_clip_norm=None
-    )
+    tx = inner_optimizer(cfg.inner, phase, rate, phase.clip_norm, cfg.model.moment_dtype)
+
+    def plain(frozen: PyTree) -> Problem:
+        return problem_of(frozen)._replace(
+            weights=uniform().apply, inner_tx=tx, num_inner_steps=1, detached=True, example_clip_norm=None
+        )
+
     return plain_step(plain, rate, phase.clip_norm, cfg.ema_decay, mesh), tx
 
 
@@ -84,17 +93,22 @@ def clip_of_weighted(cfg: Any) -> float | None:
 
 
 def inner_optimizer(
-    inner: Any, phase: Any, rate: optimizers.Schedule, clip_norm: float | None
+    inner: Any, phase: Any, rate: optimizers.Schedule, clip_norm: float | None, moment_dtype: str | None = None
 ) -> optax.GradientTransformation:
     """`inner.optimizer` with the eps and the decay of `phase`, behind the clip of the weighted gradient.
 
     At batch size 1 an active clip makes the update independent of the weight: the meta-gradient is truly 0 there.
     """
     if inner.optimizer == "hf_adamw":
-        adam = optimizers.hf_adamw(rate, weight_decay=phase.weight_decay, eps=phase.eps)
+        adam = optimizers.hf_adamw(rate, weight_decay=phase.weight_decay, eps=phase.eps, moment_dtype=moment_dtype)
     else:
-        decay_all = inner.decay == "all"
-        adam = optimizers.adamw(rate, weight_decay=phase.weight_decay, eps=phase.eps, decay_all=decay_all)
+        adam = optimizers.adamw(
+            rate,
+            weight_decay=phase.weight_decay,
+            eps=phase.eps,
+            decay_all=inner.decay == "all",
+            moment_dtype=moment_dtype,
+        )
     # The same tree with and without a clip: a run's phases may differ in it, and their states share a checkpoint.
     clip = optax.identity() if clip_norm is None else optimizers.clip_by_global_norm(clip_norm)
     return optax.chain(clip, adam)
@@ -127,17 +141,17 @@ def needs_forward_mode(cfg: Any) -> bool:
     return cfg.num_inner_steps > 1 or not cfg.weighting.detached or cfg.identity_cosine_every > 0
 
 
-def gradients_that_fit(params: PyTree, mesh: Mesh | None, memory: int) -> int:
-    """How many gradients of the parameters' size `dot` may keep beside everything else; one a device where its memory,
+def gradients_that_fit(params: PyTree, frozen: PyTree, mesh: Mesh | None, memory: int) -> int:
+    """How many gradients of the trained parameters' size `dot` may keep beside all else; one a device where its memory,
     in bytes, is not known (0).
 
     The state takes three of the size that a device keeps and the look back three; with the activations of one row at a
     time it was under 8 for InternVL3-1B (docs/performance.md). A row's gradient is on the devices that have the row,
     not divided by fsdp. Above 16 rows a device, so small a model is better served by rows side by side.
     """
-    kept = sharding.bytes_on_device(mesh, params)
+    kept = 8 * sharding.bytes_on_device(mesh, params) + sharding.bytes_on_device(mesh, frozen)
     gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // (mesh.shape["tensor"] if mesh else 1)
-    return sharding.num_row_shards(mesh) * min(16, max(1, (memory - 8 * kept) // gradient))
+    return sharding.num_row_shards(mesh) * min(16, max(1, (memory - kept) // gradient))
 
 
 def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int) -> str:
@@ -164,14 +178,18 @@ def resolve_estimator(cfg: Any, problem: Problem, forward_mode: bool, fit: int) 
 
 
 def plain_step(
-    problem: Problem, rate: optimizers.Schedule, clip_norm: float | None, ema_decay: float | None, mesh: Mesh | None
+    problem_of: ProblemOf,
+    rate: optimizers.Schedule,
+    clip_norm: float | None,
+    ema_decay: float | None,
+    mesh: Mesh | None,
 ) -> Step:
     """The jitted step of supervised training: the inner steps alone, whatever weights the problem has."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
         count = state.train.step
-        train, metrics = inner_steps(problem, state.train, {}, batch)
+        train, metrics = inner_steps(problem_of(state.frozen), state.train, {}, batch)
         del metrics["instance_weights"], metrics["effective_sample_size"]
         state = bilevel.track_ema(state._replace(train=train), ema_decay)
         return sharding.settle(mesh, state, _for_the_log({**metrics, "lr": rate(count)}, batch, clip_norm))
@@ -180,14 +198,14 @@ def plain_step(
 
 
 def weighted_step(
-    cfg: Any, problem: Problem, estimator: str, rates: Levels, weights: Weighting, mesh: Mesh | None
+    cfg: Any, problem_of: ProblemOf, estimator: str, rates: Levels, weights: Weighting, mesh: Mesh | None
 ) -> Step:
     """The jitted bilevel step."""
     estimate = ESTIMATORS[estimator]
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
-        before = state
+        before, problem = state, problem_of(state.frozen)
         state, metrics = bilevel.bilevel_step(problem, estimate, rates.meta_tx, weights, state, batch, meta_batch)
         count = before.train.step
         metrics |= {"lr": rates.inner_rate(count), "meta_lr": rates.meta_rate(count // cfg.num_inner_steps)}

@@ -105,3 +105,4 @@ class BilevelState(NamedTuple):
     meta_opt_state: PyTree
     ema: PyTree  # moving average of params, for scoring; {} where none is kept
     last_weights: PyTree  # {"rows": [N]}: each training row's weight when last seen, NaN before; {} if not asked for
+    frozen: PyTree  # parameters that no step moves and every step reads; {} where everything is trained

@@ -181,3 +181,13 @@ def test_only_selection_takes_aggregations_that_are_no_probabilities():
         cfg.aggregate = "sum_logit"
         with pytest.raises(ValueError, match="--config.aggregate=sum_logit: a meta loss needs a probability"):
             ranges.validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("trained", "vision"), ("lora_rank", 0), ("lora_alpha", 0.0), ("moment_dtype", "float16")]
+)
+def test_what_is_trained_has_its_ranges(field, value):
+    cfg = config("table")
+    cfg.model[field] = value
+    with pytest.raises(ValueError, match=f"--config.model.{field}={value}: must be"):
+        ranges.validate(cfg)

@@ -239,3 +239,68 @@ def test_the_way_back_through_adam_starts_from_its_moments(make):
     )
     kept = sum(leaf.size for leaf in jax.tree.leaves(back))
     assert kept <= 4.1 * 1000
+
+
+def second_moments(moment_dtype, num_steps, make=optimizers.scale_by_adam_meta_safe):
+    """The second moments after gradients of variance 1, of 4096 entries that began at a variance of 4."""
+    params = {"kernel": jnp.zeros(4096)}
+    tx = make(moment_dtype=moment_dtype)
+    state = tx.init(params)
+    state = state._replace(nu=jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), state.nu))
+
+    @jax.jit
+    def steps(state):
+        def one(state, key):
+            grads = {"kernel": jax.random.normal(key, (4096,))}
+            return tx.update(grads, state, params)[1], None
+
+        return jax.lax.scan(one, state, jax.random.split(jax.random.key(0), num_steps))[0]
+
+    return np.asarray(steps(state).nu["kernel"])
+
+
+def hf_adamw(moment_dtype):
+    return optimizers.hf_adamw(lambda count: 1e-3, weight_decay=0.0, moment_dtype=moment_dtype)
+
+
+@pytest.mark.parametrize("make", [optimizers.scale_by_adam_meta_safe, hf_adamw])
+def test_second_moments_in_bfloat16_follow_those_in_float32(make):
+    """From 4 towards 1 in 2,000 steps of 1/1000 each. Rounded to the nearest they cannot move, and do not."""
+    wide, narrow = second_moments(None, 2000, make), second_moments("bfloat16", 2000, make)
+    assert narrow.dtype == jnp.bfloat16
+    narrow = narrow.astype(np.float32)
+    assert np.mean(wide) == pytest.approx(1 + 3 * 0.999**2000, rel=0.01)
+    assert np.mean(narrow) == pytest.approx(np.mean(wide), rel=0.01)
+    assert 0.02 < np.std(narrow / wide) < 0.1  # each for itself
+    mixed = lambda old, new: (0.999 * old.astype(jnp.float32) + 0.001 * new).astype(jnp.bfloat16)  # noqa: E731
+    assert mixed(jnp.bfloat16(4.0), 1.0) == 4.0
+
+
+def test_rounding_at_random_is_right_on_average_and_goes_to_neighbours():
+    x = jnp.full((2**16,), 1 + 0.3 / 128, jnp.float32)
+    found = optimizers.round_at_random(x, jnp.arange(2**16).astype(jnp.uint16)).astype(jnp.float32)
+    assert set(np.unique(found)) == {1.0, 1 + 1 / 128}
+    assert np.mean(found) == pytest.approx(1 + 0.3 / 128, abs=1e-6)
+    exact = jnp.array([0.0, 1.5, jnp.inf, jnp.nan], jnp.float32)
+    rounded = optimizers.round_at_random(exact, jnp.full(4, 65535, jnp.uint16))
+    np.testing.assert_array_equal(rounded.astype(jnp.float32), exact)
+
+
+def test_the_bits_of_a_step_are_its_own_and_fair():
+    """By step, by leaf and by place; the same whenever the step is taken again."""
+    draws = [optimizers._bits((64, 64), jnp.int32(step), leaf) for step in (0, 1, 2) for leaf in (0, 1)]
+    flat = np.stack([np.asarray(draw, np.float64).ravel() for draw in draws])
+    assert np.abs(np.corrcoef(flat) - np.eye(6)).max() < 0.06  # 4096 draws: 1 / 64
+    assert np.abs(np.corrcoef(flat[:, :-1], flat[:, 1:])).min() < 0.06
+    assert np.abs(flat.mean(axis=1) / 65536 - 0.5).max() < 0.02
+    np.testing.assert_array_equal(draws[3], optimizers._bits((64, 64), jnp.int32(1), 1))
+
+
+def test_narrow_moments_leave_the_step_in_the_parameters_type():
+    params = {"kernel": jnp.ones(3)}
+    for make in (optimizers.scale_by_adam_meta_safe, hf_adamw):
+        for params_dtype, moment_dtype in (("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", None)):
+            tx, cast = make(moment_dtype=moment_dtype), jax.tree.map(lambda p: p.astype(params_dtype), params)  # noqa: B023
+            updates, state = tx.update(cast, tx.init(cast), cast)
+            assert updates["kernel"].dtype == params_dtype
+            assert state.mu["kernel"].dtype == state.nu["kernel"].dtype == (moment_dtype or params_dtype)

@@ -78,15 +78,17 @@ def test_a_run_needs_forward_mode_where_its_estimator_does(module, values, expec
 )
 def test_dot_keeps_as_many_gradients_as_fit(memory, expected):
     params = {"kernel": np.zeros((9, 10), np.float32), "bias": np.zeros(10, np.float32)}  # 400 bytes
-    assert steps.gradients_that_fit(params, None, memory) == expected
+    assert steps.gradients_that_fit(params, {}, None, memory) == expected
+    kept = {"tower": np.zeros(100, np.float32)}  # another 400: a gradient less
+    assert steps.gradients_that_fit(params, kept, None, memory) == (max(1, expected - 1) if expected < 16 else 16)
 
 
 def test_devices_keep_a_gradient_for_each_row_of_theirs():
     """Two of four devices divide the parameters, all four the rows; a row's gradient is whole where the row is."""
     mesh = AbstractMesh((2, 2, 1), sharding.AXES)
     params = {"layers": {"gate": {"kernel": np.zeros((1, 10, 10), np.float32)}}}  # 400 bytes, 200 on a device
-    assert steps.gradients_that_fit(params, mesh, 8 * 200 + 3 * 400) == 4 * 3
-    assert steps.gradients_that_fit(params, mesh, 0) == 4
+    assert steps.gradients_that_fit(params, {}, mesh, 8 * 200 + 3 * 400) == 4 * 3
+    assert steps.gradients_that_fit(params, {}, mesh, 0) == 4
 
 
 def test_fused_attention_is_refused_where_it_cannot_serve():

@@ -44,12 +44,24 @@ class Linear(nn.Module):
         # code first transposes the activations, which takes as long as half the product.
         rows = x.reshape(-1, *x.shape[-len(inputs) :])
         y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=len(inputs))
+        if self.has_variable("params", "lora_a"):  # beside the kernel, whose own gradient is then never formed
+            y = y + self.adapter(rows)
         y = y.reshape(*x.shape[: -len(inputs)], *y.shape[1:])
         if not self.use_bias:
             return y
         bias_shape = tuple(sizes[letter] for letter in output if letter in sizes)
         bias = self.param("bias", nn.initializers.zeros, bias_shape)
         return y + match_rank(bias, y).astype(x.dtype)
+
+    def adapter(self, rows: jax.Array) -> jax.Array:
+        """What a low-rank adapter adds to rows [R, inputs]: scale (rows a) b, with a [inputs, r] and b [r, outputs]."""
+        names = ("lora_a", "lora_b", "lora_scale")
+        a, b, scale = (self.get_variable("params", name).astype(rows.dtype) for name in names)
+        few = jnp.tensordot(rows, a, axes=a.ndim - 1)  # [R, r]
+        few = few * match_rank(scale, few)
+        # With a batch axis of 1, since remat "dots" keeps all products without one: this one is quickly done again.
+        product = jax.lax.dot_general(few[None], b.reshape(1, len(b), -1), (((2,), (1,)), ((0,), (0,))))
+        return product.reshape(len(rows), *b.shape[1:])
 
 
 class LayerNorm(nn.Module):
