@@ -278,7 +278,7 @@ class Program(NamedTuple):
 def analyse(size: str, config: presets.InternVLConfig, setting: step.Setting) -> tuple[Program, dict[str, Any]]:
     """A program's figures, and the line that says what was traced and compiled."""
     micro_batch = 1
-    problem = workload.prm_problem(config, workload.TABLE, 1, micro_batch)
+    problem = workload.prm_problem(config, workload.TABLE, meta_micro_batch=micro_batch)
     params = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
     state = jax.eval_shape(lambda params: workload.fresh_state(problem, workload.TABLE, params), params)
     attention = choose_attention(DTYPE, forward_mode=False)

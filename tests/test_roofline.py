@@ -41,7 +41,7 @@ def program(**changes) -> roofline.Program:
 
 
 def sizes(config, setting, micro_batch=1):
-    problem = workload.prm_problem(config, workload.TABLE, 1, micro_batch)
+    problem = workload.prm_problem(config, workload.TABLE, meta_micro_batch=micro_batch)
     params = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
     return roofline.sizes(config, setting, micro_batch, problem, params)
 

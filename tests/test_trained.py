@@ -9,12 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import step, workload
+from benchmarks import roofline, step, workload
 from dreamprm_jax import optimizers
 from dreamprm_jax.hypergradient import ESTIMATORS
 from dreamprm_jax.models import internvl, presets, trained
 from dreamprm_jax.models.layers import Linear
-from tests.test_benchmarks import product_flops
 
 CONFIG = presets.InternVLConfig(
     vision=presets.VisionConfig(width=16, num_layers=2, num_heads=2, mlp_width=24, patch_size=14, image_size=56),
@@ -23,6 +22,10 @@ CONFIG = presets.InternVLConfig(
 NUM_TOKENS = 30
 FROZEN = ("language", "adapters")
 KEY = jax.random.key(7)
+
+
+def _flops(jaxpr):
+    return sum(roofline.products(jaxpr))
 
 
 def choice(what):
@@ -132,7 +135,7 @@ def gradient_flops(config, params, batch, what):
     def total(moved, frozen):
         return jnp.sum(internvl.apply(config, trained.merge(moved, frozen), batch))
 
-    return product_flops(jax.make_jaxpr(jax.grad(total))(moved, frozen).jaxpr)
+    return _flops(jax.make_jaxpr(jax.grad(total))(moved, frozen).jaxpr)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
@@ -141,8 +144,8 @@ def test_nothing_goes_back_into_what_is_frozen(params, batch, monkeypatch, remat
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's attention takes its products in blocks
     config = dataclasses.replace(CONFIG, remat=remat)
     flops = {what: gradient_flops(config, params, batch, what) for what in trained.TRAINED}
-    tower = product_flops(jax.make_jaxpr(partial(internvl.features_of_rows, config))(params, batch.tiles).jaxpr)
-    forward = product_flops(jax.make_jaxpr(partial(internvl.apply, config))(params, batch).jaxpr)
+    tower = _flops(jax.make_jaxpr(partial(internvl.features_of_rows, config))(params, batch.tiles).jaxpr)
+    forward = _flops(jax.make_jaxpr(partial(internvl.apply, config))(params, batch).jaxpr)
     rows, language = batch.tokens.size, CONFIG.language
     patches = 2 * 2 * 16 * (14 * 14 * 3) * CONFIG.vision.width  # two tiles' 16 patches; pixels have no gradient
     attention = language.num_layers * 2 * 2 * rows * NUM_TOKENS * language.width  # both of its operands have one
