@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dreamprm_jax.inner import (
     InnerPass,
@@ -371,7 +370,13 @@ def _weighted_gradient(coefficients: jax.Array, gradients: PyTree) -> PyTree:
 def _slope_and_scale(u: PyTree, gradient: PyTree) -> tuple[jax.Array, jax.Array]:
     """<u, gradient>, and the sum of its terms' sizes, which its rounding error is proportional to."""
     u, gradient = widen(u), widen(gradient)
-    return optax.tree.vdot(u, gradient), optax.tree.vdot(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
+    return _inner(u, gradient), _inner(jax.tree.map(jnp.abs, u), jax.tree.map(jnp.abs, gradient))
+
+
+def _inner(one: PyTree, other: PyTree) -> jax.Array:
+    """<one, other>, over all axes as they are: optax flattens arrays first, for which devices would gather them."""
+    products = jax.tree.map(lambda a, b: jnp.tensordot(a, b, axes=a.ndim, precision="highest"), one, other)
+    return sum(jax.tree.leaves(products))
 
 
 def _drop_residues(slopes: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:

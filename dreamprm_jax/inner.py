@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from dreamprm_jax.optimizers import norm, widen
+from dreamprm_jax.sharding import APART, ROWS
 from dreamprm_jax.types import Batch, PyTree, TrainState
 
 Values = tuple[jax.Array, Any]
@@ -155,7 +156,7 @@ def rows_at_once(problem: Problem) -> int:
 def side_by_side(take: Callable[..., PyTree], *trees: PyTree) -> PyTree:
     """`take`, of each entry of the leading axis; no batched products where there is one entry alone."""
     if jax.tree.leaves(trees)[0].shape[0] > 1:
-        return jax.vmap(take)(*trees)
+        return jax.vmap(take, axis_name=APART, spmd_axis_name=ROWS)(*trees)  # each device takes its own rows
     return jax.tree.map(lambda leaf: leaf[None], take(*jax.tree.map(lambda leaf: leaf[0], trees)))
 
 

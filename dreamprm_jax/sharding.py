@@ -27,6 +27,10 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The axes that divide the rows of a batch."""
 
+APART = "rows apart"
+"""The name of an axis of rows that are taken side by side (`inner.side_by_side`) and divided: what is inside is of one
+row, and is not divided by rows again, however many tiles it has."""
+
 PARAMETERS: dict[str, PartitionSpec] = {
     # [V, D]
     "embedding|lm_head": PartitionSpec("tensor", "fsdp"),
@@ -227,15 +231,27 @@ def fetch(mesh: Mesh | None, tree: PyTree) -> PyTree:
 
 
 def by_rows(mesh: Mesh, num_rows: int, axis: int = 0) -> NamedSharding:
-    """Rows, on that axis of an array, divided; whole where they do not go round."""
+    """Rows, on that axis of an array, divided; whole where they do not go round, or are `APART`."""
+    if _rows_are_apart():
+        return whole(mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, _if_divisible(mesh, ROWS, num_rows)))
 
 
 def by_width(mesh: Mesh, shape: tuple[int, int, int]) -> NamedSharding:
-    """[B, T, D]: `data` divides the rows, `fsdp` the width, as an embedding's width is."""
+    """[B, T, D]: `data` divides the rows, `fsdp` the width, as an embedding's; whole where rows are `APART`."""
+    if _rows_are_apart():
+        return whole(mesh)
     return NamedSharding(
         mesh, PartitionSpec(_if_divisible(mesh, "data", shape[0]), None, _if_divisible(mesh, "fsdp", shape[2]))
     )
+
+
+def _rows_are_apart() -> bool:
+    try:
+        jax.lax.axis_size(APART)
+    except NameError:
+        return False
+    return True
 
 
 def whole(mesh: Mesh) -> NamedSharding:
