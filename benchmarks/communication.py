@@ -44,9 +44,8 @@ class Passes(NamedTuple):
 PASSES = {
     "scoring": Passes(1, 0, 0, 1, 0, 0, 0, 0),
     "training": Passes(1, 1, 0, 1, 0, 1, 0, 0),
-    # u and |u| are gathered, each by an inner product of its own
-    "dot": Passes(2, 2, 0, 2, 1, 1, 1, 2),
-    "recompute": Passes(3, 3, 0, 2, 1, 2, 0, 2),
+    "dot": Passes(2, 2, 0, 2, 1, 1, 1, 1),
+    "recompute": Passes(3, 3, 0, 2, 1, 2, 0, 1),
     "tangent_recomputed": Passes(3, 2, 1, 2, 0, 2, 0, 0),
 }
 
@@ -202,11 +201,10 @@ def volume(work: Work, program: str, itemsize: int, scattered: bool, added_first
     """One iteration of `program` (of `PASSES`); `itemsize` bytes of a gathered weight or an activation."""
     passes = PASSES[program]
     gradients = passes.gradients * gradient_bytes(work, scattered, apart=False)
-    turns = work.num_turns if passes.apart else 1
     return Volume(
         gradients + passes.apart_gradients * gradient_bytes(work, scattered, apart=True),
         weight_bytes(work, passes, itemsize),
-        passes.directions * turns * direction_bytes(work, False, WIDE)
+        passes.directions * direction_bytes(work, False, WIDE)
         + passes.tangents * direction_bytes(work, True, itemsize),
         activation_bytes(work, passes, itemsize, added_first),
         exchange_bytes(work, passes, itemsize),

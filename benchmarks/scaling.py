@@ -70,7 +70,7 @@ def compiled_step(config: presets.InternVLConfig, setting: Setting) -> Any:
     """The program of a setting, compiled from shapes."""
     mesh, num_rows = sharding.make_mesh(setting.layout), setting.num_rows
     config = dataclasses.replace(config, mesh=mesh)
-    problem = workload.prm_problem(config, workload.TABLE)._replace(num_shards=sharding.num_row_shards(mesh))
+    problem = workload.prm_problem(config, workload.TABLE)._replace(mesh=mesh)
     meta_tx = optimizers.per_entry_rmsprop(lambda count: 5e-3)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, jax.Array]:

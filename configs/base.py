@@ -37,6 +37,8 @@ def get_config() -> config_dict.ConfigDict:
     cfg.model.attention = "auto"
     # What the backward pass recomputes: none | full (whole layers) | dots (all but products and fused attention)
     cfg.model.remat = "none"
+    # Layers per turn of the loop over layers, >= 1: more compile longer and may run faster. None: the model's own (1)
+    cfg.model.scan_unroll = config_dict.placeholder(int)
     cfg.model.matmul_precision = "default"  # default | highest (float32 parity on an accelerator)
 
     # Devices that share the work, data * fsdp * tensor of them (docs/distributed.md): data divides the batch; fsdp the

@@ -52,6 +52,7 @@ CHECKS = {
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "model.attention": _one_of("auto", "xla", "cudnn"),
     "model.remat": _one_of("none", "dots", "full"),
+    "model.scan_unroll": _at_least(1),
     "model.matmul_precision": _one_of("default", "highest"),
     "distributed.num_processes": _at_least(1),
     "distributed.process_id": _at_least(0),

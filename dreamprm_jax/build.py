@@ -25,7 +25,7 @@ from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets, trained
-from dreamprm_jax.sharding import num_row_shards, table_length
+from dreamprm_jax.sharding import table_length
 from dreamprm_jax.types import SUPERVISED, Batch, PyTree, Share
 
 
@@ -311,5 +311,5 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any, frozen: PyT
         detached=cfg.weighting.detached,
         example_clip_norm=cfg.inner.clip_norm if cfg.inner.clip_place == "per_example" else None,
         micro_batch_size=cfg.micro_batch_size,
-        num_shards=num_row_shards(model.config.mesh),
+        mesh=model.config.mesh,
     )

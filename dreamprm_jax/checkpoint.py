@@ -120,7 +120,12 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
         )
     _check_heads(config, mesh)
     config = dataclasses.replace(
-        config, remat=cfg.remat, compute_dtype=cfg.compute_dtype, attention=attention, mesh=mesh
+        config,
+        remat=cfg.remat,
+        compute_dtype=cfg.compute_dtype,
+        attention=attention,
+        scan_unroll=cfg.scan_unroll or config.scan_unroll,
+        mesh=mesh,
     )
     params = jax.tree.map(lambda leaf: leaf.astype(cfg.param_dtype), params)
     if cfg.checkpoint is not None:  # before it is on the device; a fresh model is trained as a whole first

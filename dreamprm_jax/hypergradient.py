@@ -42,6 +42,7 @@ from dreamprm_jax.inner import (
     unit_factors,
 )
 from dreamprm_jax.optimizers import norm, widen
+from dreamprm_jax.sharding import beside_rows
 from dreamprm_jax.types import Batch, PyTree, TrainState
 
 Result = tuple[PyTree, TrainState, dict[str, jax.Array]]
@@ -85,6 +86,7 @@ def dot(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, 
     coefficients = cotangents(problem, meta_params, batch, values, factors)[0]  # [B]: c_i w_i / B
     grads = _weighted_gradient(coefficients, gradients)
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
+    u = beside_rows(problem.mesh, u)
     slopes, zero = _drop_residues(*of_gradients(partial(_slope_and_scale, u)))  # <u, grad l_i>
     meta_grad = _meta_slope(problem, meta_params, batch, values, (slopes, None), factors)
     record = step_record(problem, meta_params, batch, values, factors, grads)
@@ -100,6 +102,7 @@ def recompute(problem: Problem, state: TrainState, meta_params: PyTree, batch: B
     check_estimator(problem, "recompute")
     grads, inner = inner_gradient(problem, state.params, meta_params, batch)
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
+    u = beside_rows(problem.mesh, u)
 
     def slope(example: Batch) -> tuple[jax.Array, jax.Array]:
         return _slope_and_scale(u, jax.grad(example_loss, argnums=1)(problem, state.params, example))

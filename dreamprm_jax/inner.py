@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from dreamprm_jax.optimizers import norm, widen
-from dreamprm_jax.sharding import APART, ROWS
+from dreamprm_jax.sharding import APART, ROWS, num_row_shards
 from dreamprm_jax.types import Batch, PyTree, TrainState
 
 Values = tuple[jax.Array, Any]
@@ -41,8 +42,8 @@ class Problem(NamedTuple):
     example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
       weighted gradient is part of `inner_tx`.)
     micro_batch_size: rows at a time, a divisor of B, whose activations are held together (`in_turns`). None: all of
-      them, but one from each of `num_shards` where every row needs a gradient of its own.
-    num_shards: among how many devices the rows of a batch are divided.
+      them, but one on each device where every row needs a gradient of its own.
+    mesh: the devices that divide the rows of a batch (sharding.py); None: one.
 
     `batch` is any pytree whose leaves lead with B. Where it has a field or key `example_mask` [B], rows that are false
     there count for nothing.
@@ -56,7 +57,7 @@ class Problem(NamedTuple):
     detached: bool = True
     example_clip_norm: float | None = None
     micro_batch_size: int | None = None
-    num_shards: int = 1
+    mesh: Mesh | None = None
 
 
 class InnerPass(NamedTuple):
@@ -150,7 +151,7 @@ def of_each(problem: Problem, take: Callable[[Batch], PyTree], batch: Batch) -> 
 
 def rows_at_once(problem: Problem) -> int:
     """How many rows have a gradient of their own taken at a time."""
-    return problem.micro_batch_size or problem.num_shards
+    return problem.micro_batch_size or num_row_shards(problem.mesh)
 
 
 def side_by_side(take: Callable[..., PyTree], *trees: PyTree) -> PyTree:

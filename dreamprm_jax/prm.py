@@ -122,6 +122,7 @@ def load(
         param_dtype=param_dtype,
         attention="auto",
         remat="none",
+        scan_unroll=None,
         trained="all",
     )
     model = load_model(settings, seed=0)

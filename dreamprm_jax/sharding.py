@@ -195,6 +195,18 @@ def everywhere(mesh: Mesh | None, tree: PyTree) -> PyTree:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, whole(mesh))
 
 
+def beside_rows(mesh: Mesh | None, params: PyTree) -> PyTree:
+    """Under jit: u, shaped as the parameters, on every device that has rows: gathered once, before rows are taken in
+    turn. What `tensor` divides stays divided."""
+    if mesh is None:
+        return params
+
+    def gathered(sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*("tensor" if axes == "tensor" else None for axes in sharding.spec)))
+
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(gathered, shardings(mesh, params)))
+
+
 def share_of_process(mesh: Mesh | None) -> Share:
     """The rows of every batch that this process has devices for."""
     if mesh is None:

@@ -31,7 +31,7 @@ def run(name, kind, mesh, micro_batch_size, example_clip_norm):
         inner_tx,
         weights,
         detached=detached,
-        num_shards=sharding.num_row_shards(mesh),
+        mesh=mesh,
         micro_batch_size=micro_batch_size,
         example_clip_norm=example_clip_norm,
     )
