@@ -117,6 +117,50 @@ def test_the_gradient_is_that_of_the_weighted_loss():
     assert np.max(np.abs(pairs[0][0]["out"] - pairs[1][0]["out"])) > 1e-3
 
 
+def test_rows_in_turn_are_strided_and_come_back_in_order():
+    rows = jnp.arange(12.0).reshape(6, 2)
+    turns = inner.in_turns(rows, 2)  # two devices have rows 0 to 2 and 3 to 5: each turn has one of either
+    np.testing.assert_array_equal(turns[:, :, 0] / 2, [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(inner.in_order(turns), rows)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kind", "example_clip_norm"),
+    [(None, "net", None), (None, "net, published", None), (None, "table", 0.3), ("dot", "table", None),
+     ("dot", "net", 0.3), ("recompute", "table", 0.3), ("tangent", "net", None), ("mixed", "table", 0.3)],
+)  # fmt: skip
+def test_a_micro_batch_changes_nothing(estimator, kind, example_clip_norm):
+    """Of the inner step (None) and of every estimator that takes rows in turn; one row at a time, and three of six."""
+    weighting, detached = toy.WEIGHTINGS[kind]
+    rows, found = batch_of([0, 1, 4, 5, 2, 2], [True] * 5 + [False]), []
+    for size in (None, 1, 3):
+        problem = toy_problem(
+            toy.SMOOTH_ADAMW, weighting, detached=detached, example_clip_norm=example_clip_norm, micro_batch_size=size
+        )
+        if estimator is None:
+            take = lambda state, problem=problem: inner.inner_step(problem, state, weighting.init(), rows)  # noqa: E731
+        else:
+            take = lambda state, problem=problem: ESTIMATORS[estimator](  # noqa: E731
+                problem, state, weighting.init(), rows, rows
+            )
+        found.append(jax.jit(take)(toy.warm_state(toy.SMOOTH_ADAMW)))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), found[0], other)
+
+
+def test_a_micro_batch_keeps_the_activations_of_its_rows_alone():
+    """Read off the program: its gradient has no array with all six rows beside the batch itself."""
+    shapes = {}
+    for size in (None, 2):
+        problem, params = toy.small_problem(optax.sgd(0.1), TABLE, width=31, height=29, micro_batch_size=size)
+        gradient = lambda batch, problem=problem, params=params: inner.inner_gradient(  # noqa: E731
+            problem, params, TABLE.init(), batch
+        )[0]
+        text = jax.jit(gradient).lower(batch_of([0, 1, 4, 5, 2, 3])).compile().as_text()
+        shapes[size] = {"[6,29]" in text, "[29,6]" in text}
+    assert True in shapes[None] and True not in shapes[2]
+
+
 def test_the_clip_factor_is_one_up_to_the_norm_and_a_ratio_above():
     problem = small(example_clip_norm=2.0)[2]
     np.testing.assert_allclose(inner.clip_factor(problem, jnp.array([0.0, 2.0, 8.0])), [1.0, 1.0, 0.25])
@@ -175,7 +219,7 @@ def test_a_meta_loss_in_parts_is_the_whole(size, mask):
 
 
 def test_a_meta_loss_in_parts_needs_a_divisor():
-    with pytest.raises(ValueError, match="a meta batch of 6 rows cannot be taken 4 at a time"):
+    with pytest.raises(ValueError, match="6 rows cannot be taken 4 at a time: give a divisor"):
         inner.micro_batched(lambda params, batch: (0.0, {}), 4)({}, {"x": jnp.zeros((6, 1))})
 
 
