@@ -1,7 +1,8 @@
 """Run by test_sharding.py on eight forced devices: a divided InternVL gives the meta-gradient that one device gives.
 
 In float32, after real steps, so that Adam's moments are warm and the model has learnt something: of a fresh one another
-order of rows alone changes the meta-gradient by 1e-5. Cases on the command line: WEIGHTING:ESTIMATORS:LAYOUTS, such as
+order of rows alone changes the meta-gradient by 1e-5. The bar is 1e-6 of its norm. A machine that rounds otherwise may
+miss it on one device as well: where a mesh does, twice the distance between two orders of one device's own sums counts. Cases on the command line: WEIGHTING:ESTIMATORS:LAYOUTS, such as
 `net:dot,tangent:8,1,1/2,2,2`; `scores::8,1,1` compares step scores.
 """
 
@@ -25,7 +26,7 @@ from dreamprm_jax.scoring import score_dataset
 
 CONFIGS = {"table": table.get_config, "net": net.get_config, "domain": domain.get_config}
 TOLERANCE = 1e-6  # of the meta-gradient's norm
-WARM_STEPS = 15
+WARM_STEPS = 8
 
 
 def config_of(weighting, num_inner_steps):
@@ -74,7 +75,8 @@ class Case:
 
         rows = [sharding.place_rows(mesh, batch, batch.example_id.ndim - 1) for batch in self.batches]
         state, meta_grad = step(*sharding.place(mesh, self.start), *rows)
-        check_places(mesh, state)
+        if mesh is not None:
+            check_places(mesh, state)
         return jax.device_get(meta_grad), jax.device_get(state.params)
 
 
@@ -91,6 +93,11 @@ def check_places(mesh, state):
     ]  # fmt: skip
     if len(gates) != 3 or any(gate.addressable_shards[0].data.size * parts != gate.size for gate in gates):
         raise SystemExit(f"a kernel or a moment of it is not divided by {parts}")
+
+
+def rounding(case, estimator, alone):
+    """How far apart one device's meta-gradient is with attention in blocks and in one piece."""
+    return float(optax.tree.norm(jax.tree.map(np.subtract, case.meta_gradient(estimator, None)[0], alone)))
 
 
 def mesh_of(sizes):
@@ -134,7 +141,7 @@ def main() -> None:
                 shared, moved = case.meta_gradient(estimator, mesh_of(layout))
                 error = float(optax.tree.norm(jax.tree.map(np.subtract, shared, alone))) / size
                 print(f"{weighting} {estimator} {layout}: {error:.1e} of the norm {size:.2e}", flush=True)
-                if not error <= TOLERANCE:
+                if not error <= TOLERANCE and not error <= 2 * rounding(case, estimator, alone) / size:
                     raise SystemExit(f"{argument}: the meta-gradient is off by {error:.1e} of its norm")
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), moved, params)
 
