@@ -2,8 +2,9 @@
 
 In float32, after real steps, so that Adam's moments are warm and the model has learnt something: of a fresh one another
 order of rows alone changes the meta-gradient by 1e-5. The bar is 1e-6 of its norm. A machine that rounds otherwise may
-miss it on one device as well: where a mesh does, twice the distance between two orders of one device's own sums counts. Cases on the command line: WEIGHTING:ESTIMATORS:LAYOUTS, such as
-`net:dot,tangent:8,1,1/2,2,2`; `scores::8,1,1` compares step scores.
+miss it on one device as well: where a mesh does, twice the distance between two orders of one device's own sums counts.
+Cases on the command line: WEIGHTING:ESTIMATORS:LAYOUTS, such as `net:dot,tangent:8,1,1/2,2,2`; `scores::8,1,1` compares
+step scores.
 """
 
 import dataclasses
