@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -34,9 +33,9 @@ def gib(tree: Any) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / GIB
 
 
-def state_of(config: presets.InternVLConfig, what: str, moment_dtype: str | None) -> Any:
+def state_of(config: presets.InternVLConfig, options: step.Options) -> Any:
     """Both levels as shapes."""
-    return jax.eval_shape(partial(step.begun, config, what, moment_dtype))
+    return jax.eval_shape(partial(step.begun, config, options))
 
 
 def compiled(
@@ -45,17 +44,15 @@ def compiled(
     """A line for each setting of an iteration at B = 1, `dot`."""
     for remat, what, moment_dtype in itertools.product(remats, whats, moment_dtypes):
         config = dataclasses.replace(config, remat=remat)
-        state = state_of(config, what, moment_dtype)
-        began = time.perf_counter()
-        lowered, _, num_tokens = step.lowered_step(
-            config, step.Setting("bilevel", 1, num_tiles, 1), "dot", 1, state, moment_dtype
-        )
-        memory = lowered.compile().memory_analysis()
+        options = step.Options("dot", meta_micro_batch=1, trained=what, moment_dtype=moment_dtype)
+        state, began = state_of(config, options), time.perf_counter()
+        traced, _ = step.traced_step(config, step.Setting("bilevel", 1, num_tiles, 1), options, state)
+        memory = traced.lower().compile().memory_analysis()
         yield {
             "trained": what,
             "moments": moment_dtype,
             "remat": remat,
-            "tokens": num_tokens,
+            "tokens": step.tokens_of_row(config, num_tiles),
             "trained parameters, M": sum(leaf.size for leaf in jax.tree.leaves(state.train.params)) / 1e6,
             "state GiB": gib(state),
             "arguments GiB": memory.argument_size_in_bytes / GIB,
@@ -69,7 +66,7 @@ def computed(sizes: list[str], whats: list[str], moment_dtypes: list[str]) -> It
     """A line for each size and setting: what an iteration of `dot` at B = 1 holds beside activations."""
     for size, what, moment_dtype in itertools.product(sizes, whats, moment_dtypes):
         config = dataclasses.replace(presets.PRESETS[size], compute_dtype="bfloat16")
-        state = state_of(config, what, moment_dtype)
+        state = state_of(config, step.Options(trained=what, moment_dtype=moment_dtype))
         parameters = gib(state.train.params)
         parts = {
             "parameters": parameters,
@@ -90,7 +87,7 @@ def computed(sizes: list[str], whats: list[str], moment_dtypes: list[str]) -> It
 
 
 def main() -> None:
-    """Parses, compiles or computes, prints the table, writes the JSON."""
+    """Parses, compiles or computes, prints each line as it is known, writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--computed", action="store_true", help="shapes alone, of every size in --sizes")
     parser.add_argument("--sizes", default="internvl3_1b,internvl3_2b,internvl3_8b,internvl3_14b")
@@ -99,7 +96,7 @@ def main() -> None:
     parser.add_argument("--trained", default=",".join(trained.TRAINED), help="comma-separated")
     parser.add_argument("--moment-dtypes", default="float32,bfloat16")
     parser.add_argument("--remat", default="dots,full")
-    parser.add_argument("--json", type=Path, default=Path("memory.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("memory.json"), help="where the figures go; .md beside it")
     args = parser.parse_args()
     whats, moment_dtypes = args.trained.split(","), args.moment_dtypes.split(",")
     if args.computed:
@@ -108,10 +105,10 @@ def main() -> None:
         config = dataclasses.replace(workload.SIZES[args.size], compute_dtype="bfloat16")
         lines = compiled(config, whats, moment_dtypes, args.remat.split(","), args.tiles)
     rows = []
-    for line in lines:  # each as soon as it is known
+    for line in lines:
         rows.append(line)
-        args.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=2) + "\n")
-        print(workload.markdown([line]).splitlines()[-1] if rows[1:] else workload.markdown([line]), flush=True)
+        print(workload.markdown([line]), flush=True)
+    workload.report(args.json, vars(args), {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -283,9 +283,10 @@ def analyse(size: str, config: presets.InternVLConfig, setting: step.Setting) ->
     state = jax.eval_shape(lambda params: workload.fresh_state(problem, workload.TABLE, params), params)
     attention = choose_attention(DTYPE, forward_mode=False)
     with as_an_accelerator():
-        counted, _ = step.traced_step(config, setting, ESTIMATOR, micro_batch, state)
+        options = step.Options(ESTIMATOR, meta_micro_batch=micro_batch)
+        counted, _ = step.traced_step(config, setting, options, state)
         taken = dataclasses.replace(config, attention=attention)
-        to_compile, _ = step.traced_step(taken, setting, ESTIMATOR, micro_batch, state)
+        to_compile, _ = step.traced_step(taken, setting, options, state)
     plain, batched = products(counted.jaxpr.jaxpr)
     found = sizes(config, setting, micro_batch, problem, params)
     is_measured = size == "internvl3_1b" and setting.num_tiles == 7 and config.remat == "dots"

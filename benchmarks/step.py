@@ -48,6 +48,16 @@ class Setting(NamedTuple):
     num_inner_steps: int
 
 
+class Options(NamedTuple):
+    """How the programs of a run are made."""
+
+    estimator: str = "dot"
+    micro_batch: int | None = None  # training rows at a time
+    meta_micro_batch: int | None = None
+    trained: str = "all"  # of `trained.TRAINED`
+    moment_dtype: str | None = None
+
+
 def forward_flops(config: presets.InternVLConfig, num_tiles: int, num_tokens: int) -> float:
     """Flops of one row's forward pass: products alone, attention as much of it as is not masked."""
     vision, language = config.vision, config.language
@@ -108,12 +118,7 @@ def tokens_of_row(config: presets.InternVLConfig, num_tiles: int) -> int:
 
 
 def traced_step(
-    config: presets.InternVLConfig,
-    setting: Setting,
-    estimator: str,
-    micro_batch: int | None,
-    state: Any,
-    moment_dtype: str | None = None,
+    config: presets.InternVLConfig, setting: Setting, options: Options, state: Any
 ) -> tuple[Any, tuple[Batch, Batch]]:
     """(program, batches); the program is a `jax.stages.Traced`, (state, batch, meta_batch) -> (state, number)."""
     bucket = (setting.num_tiles, tokens_of_row(config, setting.num_tiles))
@@ -127,10 +132,12 @@ def traced_step(
             config,
             workload.TABLE,
             num_inner_steps=setting.num_inner_steps,
-            meta_micro_batch=micro_batch,
-            moment_dtype=moment_dtype,
+            micro_batch=options.micro_batch,
+            meta_micro_batch=options.meta_micro_batch,
+            moment_dtype=options.moment_dtype,
         )
-        step = workload.jitted(problem_of, workload.TABLE, "plain" if setting.program == "training" else estimator)
+        name = "plain" if setting.program == "training" else options.estimator
+        step = workload.jitted(problem_of, workload.TABLE, name)
     return step.trace(state, batch, meta), (batch, meta)
 
 
@@ -148,11 +155,12 @@ def device_peak() -> float | None:
     return counted["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in counted else None
 
 
-def begun(config: presets.InternVLConfig, what: str, moment_dtype: str | None) -> BilevelState:
-    """Both levels at random parameters, `what` of them trained; free of memory under `jax.eval_shape`."""
+def begun(config: presets.InternVLConfig, options: Options) -> BilevelState:
+    """Both levels at random parameters; free of memory under `jax.eval_shape`."""
     key = jax.random.key(0, impl="rbg")
-    moved, frozen = trained.part(internvl.init(config, key), trained.Choice(what), config.compute_dtype, key)
-    problem = workload.prm_problem(config, workload.TABLE, moment_dtype=moment_dtype)
+    choice = trained.Choice(options.trained)
+    moved, frozen = trained.part(internvl.init(config, key), choice, config.compute_dtype, key)
+    problem = workload.prm_problem(config, workload.TABLE, moment_dtype=options.moment_dtype)
     return workload.fresh_state(problem, workload.TABLE, moved, frozen)
 
 
@@ -160,21 +168,18 @@ def measure(
     config: presets.InternVLConfig,
     settings: list[Setting],
     rate: float,
-    estimator: str,
-    micro_batch: int | None,
+    options: Options,
     rounds: int,
-    what: str = "all",
-    moment_dtype: str | None = None,
 ) -> list[dict[str, Any]]:
     """One dict a setting; the programs share one state in turn, so that a card need not hold one each."""
-    holder = {"state": begun(config, what, moment_dtype)}
+    holder = {"state": begun(config, options)}
     state = jax.eval_shape(lambda: holder["state"])
 
     def build(traced: Any) -> tuple[Any, float]:
         lowered, began = traced.lower(), time.perf_counter()
         return lowered.compile(), time.perf_counter() - began
 
-    parts = [traced_step(config, setting, estimator, micro_batch, state, moment_dtype) for setting in settings]
+    parts = [traced_step(config, setting, options, state) for setting in settings]
     with ThreadPoolExecutor(max_workers=max(1, min(len(parts), (os.cpu_count() or 2) // 2))) as pool:
         built = list(pool.map(build, [traced for traced, _ in parts]))
     peaks: dict[Setting, float | None] = {}
@@ -192,8 +197,8 @@ def measure(
     seconds = workload.interleave(programs, rounds)
     return [
         {
-            "program": setting.program + (f" ({estimator})" if setting.program == "bilevel" else ""),
-            **speed(config, setting, statistics.median(seconds[setting]), rate),
+            "program": setting.program + (f" ({options.estimator})" if setting.program == "bilevel" else ""),
+            **speed(config, setting, statistics.median(seconds[setting]), rate, options.trained),
             "state GiB": program.memory_analysis().argument_size_in_bytes / 2**30,
             "temporary GiB": program.memory_analysis().temp_size_in_bytes / 2**30,
             "device peak GiB": peaks[setting],
@@ -203,10 +208,10 @@ def measure(
     ]
 
 
-def speed(config: presets.InternVLConfig, setting: Setting, median: float, rate: float) -> dict[str, Any]:
-    """What a setting's median seconds amount to, on a machine of that matrix rate."""
+def speed(config: presets.InternVLConfig, setting: Setting, median: float, rate: float, what: str) -> dict[str, Any]:
+    """What a setting's median seconds amount to, on a machine of that matrix rate, with `what` of the model trained."""
     rows, num_tokens = setting.batch_size * setting.num_inner_steps, tokens_of_row(config, setting.num_tiles)
-    flops = model_flops(config, setting, num_tokens)
+    flops = model_flops(config, setting, num_tokens, what)
     return {
         "B": setting.batch_size,
         "K": setting.num_inner_steps,
@@ -229,6 +234,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tiles", default=None, help="of a row, thumbnail included; default 7, wide: 1")
     parser.add_argument("--inner-steps", default="1", help="K of training and bilevel")
     parser.add_argument("--estimator", default="dot", choices=tuple(ESTIMATORS))
+    parser.add_argument("--micro-batch", type=int, default=None, help="rows at a time; default: all, or one for dot")
     parser.add_argument("--meta-micro-batch", type=int, default=None, help="meta rows at a time; default: all")
     parser.add_argument("--attention", default="auto", choices=("auto", *presets.ATTENTIONS))
     parser.add_argument("--remat", default="none", choices=presets.REMAT_POLICIES)
@@ -243,7 +249,8 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--programs={args.programs}: choose from {', '.join(PROGRAMS)}")
     for num_inner_steps in map(int, args.inner_steps.split(",")) if "bilevel" in programs else ():
         try:
-            check_estimator(workload.prm_problem(workload.WIDE, workload.TABLE, num_inner_steps), args.estimator)
+            problem = workload.prm_problem(workload.WIDE, workload.TABLE, num_inner_steps=num_inner_steps)
+            check_estimator(problem, args.estimator)
         except ValueError as error:
             parser.error(f"--inner-steps={args.inner_steps} --estimator={args.estimator}: {error}")
     return args
@@ -272,11 +279,10 @@ def main() -> None:
     ]
     settings = list(dict.fromkeys(settings))
     rate = matrix_rate(dtype)
-    rows = measure(
-        config, settings, rate, args.estimator, args.meta_micro_batch, args.rounds, args.trained, args.moment_dtype
-    )
-    options = vars(args) | {"attention": attention, "dtype": dtype}
-    workload.report(args.json, options, {"matrix TFLOP/s": rate / 1e12, "rows": rows})
+    options = Options(args.estimator, args.micro_batch, args.meta_micro_batch, args.trained, args.moment_dtype)
+    rows = measure(config, settings, rate, options, args.rounds)
+    taken = vars(args) | {"attention": attention, "dtype": dtype}
+    workload.report(args.json, taken, {"matrix TFLOP/s": rate / 1e12, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def prm_problem(
     frozen: Any = None,
     *,
     num_inner_steps: int = 1,
+    micro_batch: int | None = None,
     meta_micro_batch: int | None = None,
     moment_dtype: str | None = None,
 ) -> Problem:
@@ -101,7 +102,14 @@ def prm_problem(
     inner_tx = optimizers.adamw(lambda count: 5e-5, weight_decay=0.01, moment_dtype=moment_dtype)
     if meta_micro_batch is not None:
         meta_loss = micro_batched(meta_loss, meta_micro_batch)
-    return Problem(step_losses, table.apply, meta_loss, inner_tx, num_inner_steps=num_inner_steps)
+    return Problem(
+        step_losses,
+        table.apply,
+        meta_loss,
+        inner_tx,
+        num_inner_steps=num_inner_steps,
+        micro_batch_size=micro_batch,
+    )
 
 
 def jitted(problem_of: Callable[[Any], Problem], table: weighting.Weighting, name: str) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import pipeline, prepare, roofline, scoring, startup, step, workload
+from benchmarks import memory, pipeline, prepare, roofline, scoring, startup, step, workload
 from dreamprm_jax.models import internvl, presets
 
 CONFIG = presets.InternVLConfig(
@@ -57,6 +57,36 @@ def test_step_writes_a_line_for_every_program(monkeypatch, tmp_path, capsys):
     assert [row["device peak GiB"] for row in found["rows"]] == [1.5, 2.5]
     assert {"device", "cores", "python", "jax", "jaxlib"} <= set(found["machine"])
     assert capsys.readouterr().out.count("\n| ") == 2 + 2
+
+
+def test_step_measures_what_is_trained_in_micro_batches(monkeypatch, tmp_path):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
+    path = tmp_path / "step.json"
+    arguments = (
+        "--batch-sizes 2 --rounds 1 --programs training --trained adapters --micro-batch 1 --moment-dtype bfloat16"
+    )
+    monkeypatch.setattr(sys, "argv", ["step", *arguments.split(), "--json", str(path)])
+    step.main()
+    (row,) = json.loads(path.read_text())["rows"]
+    setting = step.Setting("training", 2, 1, 1)
+    assert row["model TFLOP"] * 1e12 == pytest.approx(step.model_flops(CONFIG, setting, row["tokens"], "adapters"))
+
+
+def test_memory_of_settings_compiled_and_computed(monkeypatch, tmp_path):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    monkeypatch.setitem(presets.PRESETS, "small", CONFIG)
+    path, found = tmp_path / "memory.json", {}
+    options = "--tiles 1 --trained all,adapters --moment-dtypes bfloat16 --remat full"
+    for arguments in (f"--size wide {options}", f"--computed --sizes small {options}"):
+        monkeypatch.setattr(sys, "argv", ["memory", *arguments.split(), "--json", str(path)])
+        memory.main()
+        found["computed" in arguments] = json.loads(path.read_text())["rows"]
+    whole, adapters = found[False]
+    assert whole["state GiB"] == pytest.approx(whole["arguments GiB"], rel=0.1)  # and the batch
+    assert adapters["temporary GiB"] < whole["temporary GiB"]
+    assert found[True][0]["moments"] == pytest.approx(found[True][0]["parameters"], rel=1e-3)  # two, of half the width
+    assert found[True][1]["gradient"] < 0.3 * found[True][0]["gradient"]
 
 
 def test_the_peak_of_a_device_that_counts_and_of_one_that_does_not(monkeypatch):

@@ -78,7 +78,7 @@ def test_a_training_step_is_three_forward_passes_and_what_remat_does_again(remat
     params = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
     state = jax.eval_shape(lambda params: workload.fresh_state(problem, workload.TABLE, params), params)
     with roofline.as_an_accelerator():
-        traced, _ = step.traced_step(config, setting, "dot", 1, state)
+        traced, _ = step.traced_step(config, setting, step.Options("dot", meta_micro_batch=1), state)
     matrices, _ = roofline.products(traced.jaxpr.jaxpr)
     vision, language = config.vision, config.language
     heads = step.attention_flops(config, TILES, TOKENS)
