@@ -26,7 +26,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets, trained
 from dreamprm_jax.sharding import table_length
-from dreamprm_jax.types import SUPERVISED, Batch, PyTree, Share
+from dreamprm_jax.types import SUPERVISED, WHOLE, Batch, PyTree, Share
 
 
 class TrainingData(NamedTuple):
@@ -162,7 +162,7 @@ def plan_of(cfg: Any, stream: str, dataset: Dataset) -> batches.Plan:
     )
 
 
-def stream_of(cfg: Any, stream: str, dataset: Dataset, share: Share) -> Callable[[int], Iterator[Batch]]:
+def stream_of(cfg: Any, stream: str, dataset: Dataset, share: Share = WHOLE) -> Callable[[int], Iterator[Batch]]:
     """What opens a data stream (`plan_of`) at the batch of a step, for the rows that this process reads."""
     return partial(
         batches.training_batches,

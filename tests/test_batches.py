@@ -277,7 +277,7 @@ def test_reading_is_ahead(uneven, monkeypatch):
     """While a step takes its time, the next batches are made."""
     built = []
     original = batches.collate
-    monkeypatch.setattr(batches, "collate", lambda *args: built.append(args) or original(*args))
+    monkeypatch.setattr(batches, "collate", lambda *args, **how: built.append(args) or original(*args, **how))
     stream = stream_of(uneven, 50, batch_size=4, seed=1)
     next(stream)
     deadline = time.monotonic() + 10

@@ -37,7 +37,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_docs_build_their_config(command):
-    name, arguments = re.search(r"python run.py --config=configs/(\w+)\.py(?::(\S+))?", command).groups()
+    name, arguments = re.search(r"python run.py +--config=configs/(\w+)\.py(?::(\S+))?", command).groups()
     cfg = importlib.import_module(f"configs.{name}").get_config(*filter(None, [arguments]))
     fields = re.findall(r"--config\.([\w.]+)=(\S+)", command)
     assert {field for field, _ in fields} <= set(run.field_names(cfg))
