@@ -94,10 +94,10 @@ def get_config() -> config_dict.ConfigDict:
     cfg.num_inner_steps = 1  # inner steps that each meta-gradient looks through, >= 1
     cfg.batch_size = 1  # training rows per inner step
     cfg.meta_batch_size = 1  # meta rows per iteration
-    # Training rows at a time, a divisor of batch_size, the gradient added up: saves memory. None: all at once; where
-    # each row has a gradient of its own (dot, recompute, clip_place=per_example) one on each device
+    # Training rows at a time on each device, a divisor of its part of the batch, the gradient added up: saves memory.
+    # None: all at once; where each row has a gradient of its own (dot, recompute, clip_place=per_example) one
     cfg.micro_batch_size = config_dict.placeholder(int)
-    # Meta rows at a time, a divisor of meta_batch_size, the gradient added up: saves memory. None: all at once
+    # Meta rows at a time on each device, in the same way. None: all at once
     cfg.meta_micro_batch_size = config_dict.placeholder(int)
     # Estimator of the meta-gradient (docs/bilevel.md): auto (the cheapest exact one) | unrolled | dot | tangent |
     # tangent_recomputed | recompute | mixed | identity | published_fd

@@ -25,7 +25,7 @@ from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
 from dreamprm_jax.models import internvl, presets, trained
-from dreamprm_jax.sharding import table_length
+from dreamprm_jax.sharding import num_row_shards, table_length
 from dreamprm_jax.types import SUPERVISED, WHOLE, Batch, PyTree, Share
 
 
@@ -305,7 +305,7 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any, frozen: PyT
     return Problem(
         step_losses,
         weights,
-        outcome_loss if size is None else micro_batched(outcome_loss, size),
+        outcome_loss if size is None else micro_batched(outcome_loss, size * num_row_shards(model.config.mesh)),
         inner_tx,
         num_inner_steps=cfg.num_inner_steps,
         detached=cfg.weighting.detached,

@@ -41,8 +41,8 @@ class Problem(NamedTuple):
     detached: the inner gradient takes the weights for constants. False lets it flow through them, as published.
     example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
       weighted gradient is part of `inner_tx`.)
-    micro_batch_size: rows at a time, a divisor of B, whose activations are held together (`in_turns`). None: all of
-      them, but one on each device where every row needs a gradient of its own.
+    micro_batch_size: rows at a time on each device, whose activations are held together (`in_turns`). None: all of
+      them, but one where every row needs a gradient of its own.
     mesh: the devices that divide the rows of a batch (sharding.py); None: one.
 
     `batch` is any pytree whose leaves lead with B. Where it has a field or key `example_mask` [B], rows that are false
@@ -150,8 +150,8 @@ def of_each(problem: Problem, take: Callable[[Batch], PyTree], batch: Batch) -> 
 
 
 def rows_at_once(problem: Problem) -> int:
-    """How many rows have a gradient of their own taken at a time."""
-    return problem.micro_batch_size or num_row_shards(problem.mesh)
+    """How many rows are taken at a time, on all devices together, where rows are taken in turn."""
+    return (problem.micro_batch_size or 1) * num_row_shards(problem.mesh)
 
 
 def side_by_side(take: Callable[..., PyTree], *trees: PyTree) -> PyTree:
@@ -193,7 +193,7 @@ def inner_gradient(problem: Problem, params: PyTree, meta_params: PyTree, batch:
     """g, the gradient of the weighted loss."""
     if problem.example_clip_norm is not None:
         return _clipped_gradient(problem, params, meta_params, batch)
-    if problem.micro_batch_size not in (None, num_rows(batch)):
+    if problem.micro_batch_size and rows_at_once(problem) != num_rows(batch):
         return _gradient_in_turns(problem, params, meta_params, batch)
     values, grads = _pulled(
         problem, params, batch, lambda values: cotangents(problem, meta_params, batch, values, unit_factors(values))
@@ -213,7 +213,7 @@ def _pulled(problem: Problem, params: PyTree, batch: Batch, gamma: Callable[[Val
 
 
 def _gradient_in_turns(problem: Problem, params: PyTree, meta_params: PyTree, batch: Batch) -> tuple[PyTree, InnerPass]:
-    """g added up over the turns, in the memory of `micro_batch_size` rows."""
+    """g added up over the turns, in the memory of `micro_batch_size` rows a device."""
     values = problem.losses(params, batch)  # where the weights look at no outputs, the compiler drops this pass
     gammas = cotangents(problem, meta_params, batch, values, unit_factors(values))
 
@@ -222,7 +222,7 @@ def _gradient_in_turns(problem: Problem, params: PyTree, meta_params: PyTree, ba
         (losses, _), part = _pulled(problem, params, rows, lambda values: gamma)
         return jax.tree.map(jnp.add, total, widen(part)), losses
 
-    turns = in_turns((batch, gammas), problem.micro_batch_size)
+    turns = in_turns((batch, gammas), rows_at_once(problem))
     grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), turns)
     grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)
     values, factors = (in_order(losses), values[1]), unit_factors(values)

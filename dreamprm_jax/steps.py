@@ -68,22 +68,25 @@ def supervised(
 
 
 def check_rows(cfg: Any, mesh: Mesh | None) -> None:
-    """Every batch of the run is divided evenly among the devices, and so are its parts.
+    """Every batch of the run is divided evenly among the devices, and each device's part into its micro batches.
 
     Raises:
       InputError: names the field that is not a multiple.
     """
     shards = sharding.num_row_shards(mesh)
     fields = {f"{phase}.batch_size": cfg[phase].batch_size for phase in SUPERVISED if cfg[phase].num_steps}
+    micro = {}
     if cfg.num_steps:
-        fields |= {"batch_size": cfg.batch_size, "micro_batch_size": cfg.micro_batch_size}
+        fields["batch_size"], micro["batch_size"] = cfg.batch_size, cfg.micro_batch_size
     if cfg.num_steps and cfg.weighting.name != "uniform":
-        fields |= {"meta_batch_size": cfg.meta_batch_size, "meta_micro_batch_size": cfg.meta_micro_batch_size}
+        fields["meta_batch_size"], micro["meta_batch_size"] = cfg.meta_batch_size, cfg.meta_micro_batch_size
     for name, size in fields.items():
-        if size is not None and size % shards:
+        at_once = shards * (micro.get(name) or 1)
+        if size % at_once:
+            what = "" if at_once == shards else f" {micro[name]} at a time ({name.replace('batch', 'micro_batch')})"
             raise InputError(
-                f"--config.{name}={size}: must be a multiple of {shards}, since mesh.data times mesh.fsdp devices "
-                "divide its rows"
+                f"--config.{name}={size}: must be a multiple of {at_once}, since mesh.data times mesh.fsdp = {shards} "
+                f"devices take its rows{what}"
             )
 
 

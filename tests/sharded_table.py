@@ -57,7 +57,7 @@ def main() -> None:
     mesh = sharding.make_mesh(sharding.Layout(data=4, fsdp=2))
     cases = [(name, "table", None, None) for name in EXACT]
     cases += [("tangent", kind, None, None) for kind in KINDS]
-    cases += [("dot", "net", 8, None), ("dot", "table", None, 0.3), ("mixed", "net", 8, 0.3), ("mixed", "net", 8, None)]
+    cases += [("dot", "net", 1, None), ("dot", "table", None, 0.3), ("mixed", "net", 1, 0.3), ("mixed", "net", 1, None)]
     for case in cases:
         alone, shared = run(*case[:2], None, *case[2:]), run(*case[:2], mesh, *case[2:])
         if alone is None:

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
 
 import run
 from configs import ranges
+from dreamprm_jax import sharding, steps
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS = [
@@ -41,4 +43,7 @@ def test_commands_in_the_docs_build_their_config(command):
     cfg = importlib.import_module(f"configs.{name}").get_config(*filter(None, [arguments]))
     fields = re.findall(r"--config\.([\w.]+)=(\S+)", command)
     assert {field for field, _ in fields} <= set(run.field_names(cfg))
+    cfg.update_from_flattened_dict({field: int(value) for field, value in fields if value.isdigit()})
     ranges.validate(cfg)
+    if cfg.task == "train":  # the devices that it speaks of can share the batches that it has
+        steps.check_rows(cfg, AbstractMesh((cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor), sharding.AXES))

@@ -101,15 +101,20 @@ def test_a_mesh_needs_its_devices():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("batch_size", 6), ("meta_batch_size", 2), ("cold_start.batch_size", 3), ("micro_batch_size", 2),
-     ("meta_micro_batch_size", 1)],
-)  # fmt: skip
+    [("batch_size", 6), ("meta_batch_size", 2), ("cold_start.batch_size", 3)],
+)
 def test_rows_are_divided_evenly(field, value):
     cfg, mesh = table.get_config(), AbstractMesh((2, 2, 2), sharding.AXES)
     cfg.batch_size = cfg.meta_batch_size = 8
+    cfg.micro_batch_size, cfg.meta_micro_batch_size = 1, 2  # on each of four
     steps.check_rows(cfg, mesh)
     cfg.update_from_flattened_dict({field: value})
-    with pytest.raises(InputError, match=f"--config.{field}={value}: must be a multiple of 4"):
+    with pytest.raises(
+        InputError, match=rf"--config.{field}={value}: must be a multiple of [48], since .* = 4 devices"
+    ):
+        steps.check_rows(cfg, mesh)
+    cfg.update_from_flattened_dict({"batch_size": 8, "meta_batch_size": 8, field: 8, "micro_batch_size": 4})
+    with pytest.raises(InputError, match=r"batch_size=8: must be a multiple of 16, .* rows 4 at a time \(micro_batch"):
         steps.check_rows(cfg, mesh)
 
 
