@@ -4,13 +4,15 @@ In float32, after real steps, so that Adam's moments are warm and the model has 
 order of rows alone changes the meta-gradient by 1e-5. The bar is 1e-6 of its norm. A machine that rounds otherwise may
 miss it on one device as well: where a mesh does, twice the distance between two orders of one device's own sums counts.
 Cases on the command line: WEIGHTING:ESTIMATORS:LAYOUTS, such as `net:dot,tangent:8,1,1/2,2,2`; `scores::8,1,1` compares
-step scores.
+step scores. Before them, `localhost:PORT` and 0 or 1: in two processes, each with its own device to compare with.
 """
 
 import dataclasses
 import functools
 import math
+import os
 import sys
+import traceback
 
 import jax
 import numpy as np
@@ -74,11 +76,17 @@ class Case:
             meta_grad, state, _ = ESTIMATORS[estimator](problem, state, meta_params, batch, meta_batch)
             return sharding.settle(mesh, state, meta_grad)
 
-        rows = [sharding.place_rows(mesh, batch, batch.example_id.ndim - 1) for batch in self.batches]
+        rows = [self.placed(batch, mesh) for batch in self.batches]
         state, meta_grad = step(*sharding.place(mesh, self.start), *rows)
         if mesh is not None:
             check_places(mesh, state)
-        return jax.device_get(meta_grad), jax.device_get(state.params)
+        return sharding.fetch(mesh, (meta_grad, state.params))
+
+    def placed(self, batch, mesh):
+        """The batch on the mesh, this process's rows from this process."""
+        axis = batch.example_id.ndim - 1
+        own = sharding.share_of_process(mesh).of(range(batch.example_id.shape[axis]))
+        return sharding.place_rows(mesh, jax.tree.map(lambda leaf: np.take(leaf, own, axis), batch), axis)
 
 
 def check_places(mesh, state):
@@ -103,7 +111,8 @@ def rounding(case, estimator, alone):
 
 def mesh_of(sizes):
     axis_types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, sharding.AXES, axis_types=axis_types, devices=jax.devices()[: math.prod(sizes)])
+    devices = jax.local_devices() if math.prod(sizes) == 1 else jax.devices()
+    return jax.make_mesh(sizes, sharding.AXES, axis_types=axis_types, devices=devices[: math.prod(sizes)])
 
 
 def check_scores(layouts):
@@ -125,7 +134,11 @@ def check_scores(layouts):
 
 
 def main() -> None:
-    for argument in sys.argv[1:]:
+    arguments = sys.argv[1:]
+    if arguments[0].startswith("localhost:"):  # one of two processes, and its number
+        sharding.join(arguments[0], 2, int(arguments[1]))
+        arguments = arguments[2:]
+    for argument in arguments:
         weighting, estimators, layouts = argument.split(":")
         layouts = [tuple(map(int, layout.split(","))) for layout in layouts.split("/")]
         if weighting == "scores":
@@ -150,4 +163,9 @@ def main() -> None:
 _case = functools.lru_cache(maxsize=1)(Case)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # one of two processes would otherwise wait for the other, which waits for it

@@ -35,6 +35,12 @@ def on_eight_devices(script, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 # --- The table of partitions.
 
 
@@ -144,6 +150,20 @@ def test_a_divided_model_has_the_meta_gradient_of_one_device(cases):
     on_eight_devices("sharded_model.py", *cases)
 
 
+def test_two_processes_have_the_meta_gradient_of_one_device():
+    """The rows of a batch are divided between them, and by fsdp the parameters."""
+    case = "table:dot,mixed:2,2,1/1,2,2"
+    command = [sys.executable, TESTS / "sharded_model.py", f"localhost:{free_port()}"]
+    two = [
+        subprocess.Popen(
+            [*command, number, case], env=with_devices(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for number in "01"
+    ]
+    told = [process.communicate(timeout=900)[0].decode() for process in two]
+    assert [process.returncode for process in two] == [0, 0], told[0][-3000:] + told[1][-3000:]
+
+
 # --- A whole run in two processes, killed, and gone on with by one.
 
 RUN = [
@@ -161,10 +181,7 @@ def start(workdir, log, devices, *arguments):
 
 
 def start_two(workdir, logs):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = [f"--config.distributed.coordinator=localhost:{port}", "--config.distributed.num_processes=2"]
+    shared = [f"--config.distributed.coordinator=localhost:{free_port()}", "--config.distributed.num_processes=2"]
     return [
         start(workdir, log, 2, "--config.mesh.data=2", "--config.mesh.fsdp=2", *shared,
               f"--config.distributed.process_id={number}")
