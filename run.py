@@ -95,6 +95,8 @@ def parse(argv: list[str]):
         if place is None:
             raise
         raise InputError(place) from error
+    if "://" in (_WORKDIR.value or ""):
+        raise InputError(f"--workdir={_WORKDIR.value}: must be a path; give one on a disk that is mounted here")
     name, _, arguments = filename.partition(":")
     default = "-".join([Path(name).stem, *filter(None, arguments.split(","))])
     return cfg, Path(_WORKDIR.value or Path("runs") / default)
@@ -136,6 +138,8 @@ def join(cfg) -> None:
 
     given = cfg.distributed
     sharding.join(given.coordinator, given.num_processes, given.process_id)
+    shared = {name: value for name, value in cfg.to_dict().items() if name != "distributed"}
+    sharding.check_same(json.dumps(shared, sort_keys=True))
     if not sharding.is_first():
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is loaded
         sys.stdout = io.StringIO()

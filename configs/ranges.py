@@ -169,6 +169,7 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             f"--config.distributed.coordinator={cfg.distributed.coordinator}: task={cfg.task} is for one process; "
             "several share training, scores and evaluations"
         )
+    _check_processes(cfg.distributed)
     if cfg.prepare.balance != "none" and cfg.prepare.sample is None:
         raise ValueError(
             f"--config.prepare.balance={cfg.prepare.balance}: where all rows are taken there is nothing to balance; "
@@ -178,6 +179,10 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         part = whole.replace("batch", "micro_batch")
         if cfg[part] and cfg[whole] % cfg[part]:
             raise ValueError(f"--config.{part}={cfg[part]}: must divide {whole} ({cfg[whole]})")
+    for name in (f"{phase}.batch_size" for phase in SUPERVISED if cfg[phase].num_steps and cfg.micro_batch_size):
+        size = cfg[name.partition(".")[0]].batch_size
+        if size > cfg.micro_batch_size and size % cfg.micro_batch_size:
+            raise ValueError(f"--config.micro_batch_size={cfg.micro_batch_size}: must divide {name} ({size}) as well")
     relative = [feature for feature in cfg.weighting.features if feature.startswith("relative_")]
     if cfg.weighting.name == "net" and relative and cfg.batch_size == 1:
         raise ValueError(
@@ -197,4 +202,23 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         raise ValueError(
             f"--config.weighting.activation={cfg.weighting.activation}: must be one of {', '.join(permitted)} for "
             f"weighting.name={cfg.weighting.name}"
+        )
+
+
+def _check_processes(given: config_dict.ConfigDict) -> None:
+    """A process that knows of no others would do the whole run by itself, in the workdir of them all.
+
+    Raises:
+      ValueError: a number without a coordinator, or one that the processes do not have.
+    """
+    for name in ("num_processes", "process_id"):
+        if given[name] is not None and not given.coordinator:
+            raise ValueError(
+                f"--config.distributed.{name}={given[name]}: needs --config.distributed.coordinator, HOST:PORT of the "
+                "first process or auto"
+            )
+    if None not in (given.num_processes, given.process_id) and given.process_id >= given.num_processes:
+        raise ValueError(
+            f"--config.distributed.process_id={given.process_id}: must be from 0 to {given.num_processes - 1}, since "
+            f"there are {given.num_processes} processes"
         )

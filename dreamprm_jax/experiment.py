@@ -91,7 +91,8 @@ def is_whole(phase: Phase) -> bool:
 
 def resolve(cfg: Any, problem: Problem, config: presets.InternVLConfig, params: PyTree, frozen: PyTree) -> str:
     """The estimator of the run, told on stderr; warns where its optimizer hides the weights from the meta loss."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    # Cards may differ in it, and processes that took different estimators would wait for each other.
+    memory = sharding.least((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
     fit = steps.gradients_that_fit(params, frozen, config.mesh, memory)
     estimator = steps.resolve_estimator(cfg, problem, forward_mode=config.attention == "xla", fit=fit)
     print(

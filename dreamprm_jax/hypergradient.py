@@ -280,7 +280,7 @@ def _clip_slope(
         parts = side_by_side(curvature, *turn)
         return jax.tree.map(lambda leaf, part: leaf + jnp.sum(part, axis=0), total, parts), None
 
-    rows = in_turns((jax.tree.map(lambda leaf: leaf[:, None], batch), scales), rows_at_once(problem))
+    rows = in_turns((jax.tree.map(lambda leaf: leaf[:, None], batch), scales), rows_at_once(problem, batch))
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
     return total
 

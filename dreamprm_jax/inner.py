@@ -41,8 +41,8 @@ class Problem(NamedTuple):
     detached: the inner gradient takes the weights for constants. False lets it flow through them, as published.
     example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
       weighted gradient is part of `inner_tx`.)
-    micro_batch_size: rows at a time on each device, whose activations are held together (`in_turns`). None: all of
-      them, but one where every row needs a gradient of its own.
+    micro_batch_size: rows at a time on each device, at most, whose activations are held together (`in_turns`). None:
+      all of them, but one where every row needs a gradient of its own.
     mesh: the devices that divide the rows of a batch (sharding.py); None: one.
 
     `batch` is any pytree whose leaves lead with B. Where it has a field or key `example_mask` [B], rows that are false
@@ -76,7 +76,7 @@ def real_rows(batch: Batch, like: jax.Array) -> jax.Array:
 
 
 def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
-    """`meta_loss`, taken `size` rows at a time, its gradient added up on the way: the activations of `size` rows.
+    """`meta_loss`, taken `size` rows at a time at most, its gradient added up on the way: the activations of `size` rows.
 
     For a loss and aux that are means over the real rows. Reverse mode once, which is all that an estimator asks of a
     meta loss. Raises (when called) as `in_turns`.
@@ -84,9 +84,10 @@ def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
 
     def mean_of(take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
         """The mean over chunks of what `take` gives for each, by their real rows; float32 at least on the way."""
-        real = jnp.sum(in_turns(real_rows(batch, jnp.zeros(num_rows(batch))), size), axis=1)
+        at_once = min(size, num_rows(batch))
+        real = jnp.sum(in_turns(real_rows(batch, jnp.zeros(num_rows(batch))), at_once), axis=1)
         shares = real / jnp.maximum(jnp.sum(real), 1)  # of each chunk
-        chunks = in_turns(batch, size)
+        chunks = in_turns(batch, at_once)
 
         def add(total: PyTree, part: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
             share, chunk = part
@@ -145,13 +146,13 @@ def in_order(tree: PyTree) -> PyTree:
 
 def of_each(problem: Problem, take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
     """What `take` gives for every row as a batch of one: leaves [turns, at_once, ...]."""
-    ones = jax.tree.map(lambda leaf: leaf[:, :, None], in_turns(batch, rows_at_once(problem)))
+    ones = jax.tree.map(lambda leaf: leaf[:, :, None], in_turns(batch, rows_at_once(problem, batch)))
     return _map(lambda turn: side_by_side(take, turn), ones)
 
 
-def rows_at_once(problem: Problem) -> int:
-    """How many rows are taken at a time, on all devices together, where rows are taken in turn."""
-    return (problem.micro_batch_size or 1) * num_row_shards(problem.mesh)
+def rows_at_once(problem: Problem, batch: Batch) -> int:
+    """How many rows of a batch are taken at a time, on all devices together, where rows are taken in turn."""
+    return min((problem.micro_batch_size or 1) * num_row_shards(problem.mesh), num_rows(batch))
 
 
 def side_by_side(take: Callable[..., PyTree], *trees: PyTree) -> PyTree:
@@ -193,7 +194,7 @@ def inner_gradient(problem: Problem, params: PyTree, meta_params: PyTree, batch:
     """g, the gradient of the weighted loss."""
     if problem.example_clip_norm is not None:
         return _clipped_gradient(problem, params, meta_params, batch)
-    if problem.micro_batch_size and rows_at_once(problem) != num_rows(batch):
+    if problem.micro_batch_size and rows_at_once(problem, batch) < num_rows(batch):
         return _gradient_in_turns(problem, params, meta_params, batch)
     values, grads = _pulled(
         problem, params, batch, lambda values: cotangents(problem, meta_params, batch, values, unit_factors(values))
@@ -222,7 +223,7 @@ def _gradient_in_turns(problem: Problem, params: PyTree, meta_params: PyTree, ba
         (losses, _), part = _pulled(problem, params, rows, lambda values: gamma)
         return jax.tree.map(jnp.add, total, widen(part)), losses
 
-    turns = in_turns((batch, gammas), rows_at_once(problem))
+    turns = in_turns((batch, gammas), rows_at_once(problem, batch))
     grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), turns)
     grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)
     values, factors = (in_order(losses), values[1]), unit_factors(values)
@@ -244,7 +245,7 @@ def _clipped_gradient(problem: Problem, params: PyTree, meta_params: PyTree, bat
         total = jax.tree.map(lambda leaf, part: leaf + weighted_sum(factors * coefficient, part), total, own)
         return total, (loss, sizes, factors)
 
-    rows = in_turns((jax.tree.map(lambda leaf: leaf[:, None], batch), coefficients), rows_at_once(problem))
+    rows = in_turns((jax.tree.map(lambda leaf: leaf[:, None], batch), coefficients), rows_at_once(problem, batch))
     grads, found = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widen(params)), rows)
     losses, norms, factors = in_order(found)
     grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, params)

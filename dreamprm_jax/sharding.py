@@ -10,6 +10,7 @@ The mesh has three axes. XLA puts in the communication that the placement calls 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dreamprm_jax.errors import InputError
@@ -79,6 +81,22 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
             f"--config.distributed.coordinator={coordinator}: the processes do not find each other ({error}); "
             "docs/distributed.md has the commands"
         ) from error
+
+
+def check_same(text: str) -> None:
+    """What all processes must have alike, such as their config; all of them must call it.
+
+    Raises:
+      InputError: another process has something else.
+    """
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+    everyone = multihost_utils.process_allgather(digest)  # [processes, 8]
+    others = np.flatnonzero((everyone != digest[None]).any(axis=1)).tolist()
+    if others:
+        raise InputError(
+            f"process {jax.process_index()} has another config than {', '.join(map(str, others))}: start all with the "
+            "same command, but for --config.distributed.process_id"
+        )
 
 
 def is_first() -> bool:
@@ -162,7 +180,8 @@ def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
     def put(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             return leaf
-        return jax.device_put(np.asarray(leaf), sharding)  # numpy: jnp arrays would be compared across processes
+        host = np.asarray(leaf)  # not by device_put, which sends all of it around to compare it across processes
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree, shardings(mesh, tree))
 
@@ -240,6 +259,14 @@ def fetch(mesh: Mesh | None, tree: PyTree) -> PyTree:
     if mesh is not None and jax.process_count() > 1:
         tree = jax.jit(lambda tree: tree, out_shardings=whole(mesh))(tree)
     return jax.device_get(tree)
+
+
+def least(number: int) -> int:
+    """Of the numbers that the processes have, the least: what all of them decide by. In several all must call it."""
+    if jax.process_count() == 1:
+        return number
+    halves = np.array(divmod(number, 2**31), np.int32)  # without x64 a large one would be cut off on its way
+    return min(high * 2**31 + low for high, low in multihost_utils.process_allgather(halves).tolist())
 
 
 def by_rows(mesh: Mesh, num_rows: int, axis: int = 0) -> NamedSharding:

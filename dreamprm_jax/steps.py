@@ -75,18 +75,22 @@ def check_rows(cfg: Any, mesh: Mesh | None) -> None:
     """
     shards = sharding.num_row_shards(mesh)
     fields = {f"{phase}.batch_size": cfg[phase].batch_size for phase in SUPERVISED if cfg[phase].num_steps}
-    micro = {}
+    micro = dict.fromkeys(fields, cfg.micro_batch_size)
     if cfg.num_steps:
         fields["batch_size"], micro["batch_size"] = cfg.batch_size, cfg.micro_batch_size
     if cfg.num_steps and cfg.weighting.name != "uniform":
         fields["meta_batch_size"], micro["meta_batch_size"] = cfg.meta_batch_size, cfg.meta_micro_batch_size
     for name, size in fields.items():
-        at_once = shards * (micro.get(name) or 1)
-        if size % at_once:
-            what = "" if at_once == shards else f" {micro[name]} at a time ({name.replace('batch', 'micro_batch')})"
+        on_device = size // shards
+        if size % shards:
             raise InputError(
-                f"--config.{name}={size}: must be a multiple of {at_once}, since mesh.data times mesh.fsdp = {shards} "
-                f"devices take its rows{what}"
+                f"--config.{name}={size}: must be a multiple of {shards}, since mesh.data times mesh.fsdp devices "
+                "divide its rows"
+            )
+        if micro[name] and on_device > micro[name] and on_device % micro[name]:
+            raise InputError(
+                f"--config.{name}={size}: gives each device {on_device} rows, which it cannot take {micro[name]} at a "
+                "time (micro_batch_size, meta_micro_batch_size)"
             )
 
 

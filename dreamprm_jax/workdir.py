@@ -92,12 +92,13 @@ def files_of_process(workdir: Path, output: str | None = None, *, first: bool) -
         yield workdir, output and Path(output)
         return
     with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / "workdir"
+        own, outputs = Path(folder) / "workdir", Path(folder) / "output"  # the output may have any name
         if workdir.is_dir():
             shutil.copytree(workdir, own, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "*.tmp"))
+        outputs.mkdir()
         if output is not None and Path(output).is_file():
-            shutil.copy(output, folder)
-        yield own, output and Path(folder) / Path(output).name
+            shutil.copy(output, outputs)
+        yield own, output and outputs / Path(output).name
 
 
 @contextlib.contextmanager

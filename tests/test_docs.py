@@ -39,11 +39,20 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_docs_build_their_config(command):
+    """With the values that they give; rows go round the devices, and the workdir is a path."""
     name, arguments = re.search(r"python run.py +--config=configs/(\w+)\.py(?::(\S+))?", command).groups()
     cfg = importlib.import_module(f"configs.{name}").get_config(*filter(None, [arguments]))
-    fields = re.findall(r"--config\.([\w.]+)=(\S+)", command)
-    assert {field for field, _ in fields} <= set(run.field_names(cfg))
-    cfg.update_from_flattened_dict({field: int(value) for field, value in fields if value.isdigit()})
+    fields = dict(re.findall(r"--config\.([\w.]+)=(\S+)", command))
+    assert fields.keys() <= set(run.field_names(cfg))
+    cfg.update_from_flattened_dict({field: value_of(text) for field, text in fields.items()})
     ranges.validate(cfg)
-    if cfg.task == "train":  # the devices that it speaks of can share the batches that it has
-        steps.check_rows(cfg, AbstractMesh((cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor), sharding.AXES))
+    if cfg.task == "train":
+        steps.check_rows(cfg, AbstractMesh(tuple(cfg.mesh[axis] for axis in sharding.AXES), sharding.AXES))
+    assert "://" not in command.partition("--workdir=")[2]
+
+
+def value_of(text):
+    """A flag's value: a number, a list of them, a truth, or else text."""
+    if "," in text:
+        return tuple(map(value_of, text.split(",")))
+    return int(text) if text.isdecimal() else {"true": True, "false": False}.get(text, text)

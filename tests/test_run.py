@@ -19,6 +19,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.models import convert, internvl, presets
 from dreamprm_jax.scoring import run_scoring
+from dreamprm_jax.workdir import files_of_process
 
 ROOT = Path(__file__).parent.parent
 TABLE = "--config=configs/table.py"
@@ -55,8 +56,15 @@ def refused(*arguments) -> str:
         ((TABLE, "--wrokdir=x"), "wrokdir"),
         ((TABLE, "stray"), "unexpected argument 'stray'"),
         ((TABLE, "--config.seed=1", "--config=configs/score.py"), "--config is given 2 times"),
+        ((TABLE, "--workdir=gs://bucket/table"), "--workdir=gs://bucket/table: must be a path"),
+        ((TABLE, "--config.distributed.process_id=1"), "process_id=1: needs --config.distributed.coordinator"),
+        (
+            (TABLE, "--config.distributed.coordinator=localhost:1", "--config.distributed.num_processes=2",
+             "--config.distributed.process_id=2"),
+            "process_id=2: must be from 0 to 1",
+        ),
     ],
-)
+)  # fmt: skip
 def test_wrong_flags(arguments, message):
     assert message in refused(*arguments)
 
@@ -293,6 +301,20 @@ def test_a_row_error_reaches_the_command_line(checkpoint, tmp_path, rows):
     cfg = score_config(checkpoint, tmp_path, rows)
     flags = [f"--config.model.checkpoint={cfg.model.checkpoint}", f"--config.input.path={cfg.input.path}"]
     assert 'rows.json row 2: "image"' in refused("--config=configs/score.py", *flags)
+
+
+def test_another_process_has_copies_of_the_runs_files(tmp_path):
+    workdir, output = tmp_path / "run", tmp_path / "workdir"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    output.write_text("scores")
+    with files_of_process(workdir, str(output), first=False) as (own, copy):
+        assert ((own / "config.json").read_text(), copy.read_text()) == ("{}", "scores")
+        copy.write_text("more")
+        assert copy.resolve() != output and own.resolve() != workdir
+    assert output.read_text() == "scores" and not own.exists()
+    with files_of_process(workdir, str(output), first=True) as found:
+        assert found == (workdir, output)
 
 
 def test_every_config_builds_and_passes_its_own_checks():

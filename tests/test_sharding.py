@@ -195,6 +195,17 @@ def metrics(workdir):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def test_processes_agree_on_what_they_decide_by():
+    """Else cards of unlike memory would take different estimators, and wait for each other for good.
+
+    What is placed is not compared: weights of rows not seen yet are NaN, and parameters too many to be sent around.
+    """
+    port = str(free_port())
+    command = [sys.executable, TESTS / "two_processes.py", port]
+    two = [subprocess.Popen([*command, number], env=with_devices(1)) for number in ("0", "1")]
+    assert [process.wait(timeout=120) for process in two] == [0, 0]
+
+
 def test_two_processes_share_a_run_and_one_goes_on_with_it(tmp_path):
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     with (tmp_path / "log").open("w+b") as log, (tmp_path / "log1").open("w+b") as log1:

@@ -5,11 +5,13 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
-from configs import net, table, uniform
-from dreamprm_jax import hypergradient, sharding, steps
+from configs import net, ranges, table, uniform
+from dreamprm_jax import bilevel, hypergradient, sharding, steps
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem
+from dreamprm_jax.weighting import uniform as equal_weights
+from tests.toy import batch_of, toy_params, toy_problem
 
 PROBLEM = Problem(None, None, None, optax.sgd(0.1))
 SEVERAL = {"num_inner_steps": 3}
@@ -98,3 +100,23 @@ def test_fused_attention_is_refused_where_it_cannot_serve():
         load_model(cfg, seed=0)
     cfg.attention = "xla"
     assert load_model(cfg, seed=0).config.attention == "xla"
+
+
+def test_a_phase_of_fewer_rows_than_a_micro_batch_takes_them_at_once():
+    cfg = table.get_config()
+    cfg.batch_size = cfg.meta_batch_size = cfg.micro_batch_size = 8
+    cfg.cold_start.batch_size, cfg.inner.decay = 6, "all"
+    problem = toy_problem(optax.sgd(0.1), equal_weights(), micro_batch_size=cfg.micro_batch_size)
+    step, tx = steps.supervised(cfg, cfg.cold_start, lambda frozen: problem, None)
+    state = bilevel.init_state(tx, optax.sgd(0.1), equal_weights(), toy_params())
+    _, metrics = step(state, batch_of([0, 1, 2, 3, 4, 5]))
+    assert np.isfinite(metrics["inner_loss"])
+
+
+def test_a_micro_batch_divides_the_batches_of_every_phase():
+    cfg = table.get_config()
+    cfg.batch_size, cfg.micro_batch_size, cfg.cold_start.batch_size = 9, 3, 9
+    with pytest.raises(ValueError, match=r"micro_batch_size=3: must divide pretrain.batch_size \(64\) as well"):
+        ranges.validate(cfg)
+    cfg.pretrain.batch_size = 2
+    ranges.validate(cfg)
