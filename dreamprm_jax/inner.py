@@ -76,7 +76,7 @@ def real_rows(batch: Batch, like: jax.Array) -> jax.Array:
 
 
 def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
-    """`meta_loss`, taken `size` rows at a time at most, its gradient added up on the way: the activations of `size` rows.
+    """`meta_loss`, taken at most `size` rows at a time, its gradient added up on the way: the activations of so many.
 
     For a loss and aux that are means over the real rows. Reverse mode once, which is all that an estimator asks of a
     meta loss. Raises (when called) as `in_turns`.
