@@ -7,10 +7,11 @@
 
 Rows are random, of the shapes given; no data are read. All programs of a run are compiled first, side by side, then run
 in turn, round after round, in one process; figures are medians over the rounds. Model flops are those of the products
-that the mathematics needs: three forward passes for a gradient, one gradient for a training step, two for a bilevel
-iteration, whatever an estimator or remat computes again. The machine's rate is that of a large matrix product in the
-compute type, measured before. State and temporary memory are the compiler's figures. Where the backend counts it, a
-line also has the device's peak up to its program's first run, which includes the programs before it and all batches.
+that the mathematics needs: three forward passes for a gradient (less where a part is frozen), one gradient for a
+training step, two for a bilevel iteration, whatever an estimator or remat computes again. The machine's rate is that of
+a large matrix product in the compute type, measured before. State and temporary memory are the compiler's figures.
+Where the backend counts it, a line also has the device's peak up to its program's first run, which includes the
+programs before it and all batches.
 """
 
 from __future__ import annotations

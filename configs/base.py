@@ -22,7 +22,7 @@ def get_config() -> config_dict.ConfigDict:
     # "org/name@revision"), or a workdir of ours. None: the embedded benchmark's tiny model.
     cfg.model.checkpoint = config_dict.placeholder(str)
     cfg.model.tokenizer = config_dict.placeholder(str)  # directory with tokenizer.json; None: beside the weights
-    cfg.model.param_dtype = "float32"  # of the trained parameters: float32 | bfloat16
+    cfg.model.param_dtype = "float32"  # of the trained parameters: float32 | bfloat16; adapters are float32 either way
     # Of the inner level's moments: float32 | bfloat16 (the second one rounded at random). None: as the parameters
     cfg.model.moment_dtype = config_dict.placeholder(str)
     # What training moves: all | language (the vision tower and the projector are frozen) | adapters (low-rank additions

@@ -169,7 +169,7 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             f"--config.distributed.coordinator={cfg.distributed.coordinator}: task={cfg.task} is for one process; "
             "several share training, scores and evaluations"
         )
-    _check_processes(cfg.distributed)
+    _validate_processes(cfg.distributed)
     if cfg.prepare.balance != "none" and cfg.prepare.sample is None:
         raise ValueError(
             f"--config.prepare.balance={cfg.prepare.balance}: where all rows are taken there is nothing to balance; "
@@ -205,20 +205,21 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         )
 
 
-def _check_processes(given: config_dict.ConfigDict) -> None:
-    """A process that knows of no others would do the whole run by itself, in the workdir of them all.
-
-    Raises:
-      ValueError: a number without a coordinator, or one that the processes do not have.
-    """
-    for name in ("num_processes", "process_id"):
-        if given[name] is not None and not given.coordinator:
-            raise ValueError(
-                f"--config.distributed.{name}={given[name]}: needs --config.distributed.coordinator, HOST:PORT of the "
-                "first process or auto"
-            )
-    if None not in (given.num_processes, given.process_id) and given.process_id >= given.num_processes:
+def _validate_processes(given: config_dict.ConfigDict) -> None:
+    """A process that is alone without knowing would write the files that others write too."""
+    count, number = given.num_processes, given.process_id
+    if not given.coordinator and (count is not None or number is not None):
         raise ValueError(
-            f"--config.distributed.process_id={given.process_id}: must be from 0 to {given.num_processes - 1}, since "
-            f"there are {given.num_processes} processes"
+            "--config.distributed.coordinator is missing: num_processes and process_id are of processes that share a "
+            "run; give HOST:PORT of the first, or auto"
+        )
+    if given.coordinator not in (None, "auto") and (count is None or number is None):
+        raise ValueError(
+            f"--config.distributed.coordinator={given.coordinator}: give --config.distributed.num_processes and "
+            "--config.distributed.process_id too"
+        )
+    if count is not None and number is not None and number >= count:
+        raise ValueError(
+            f"--config.distributed.process_id={number}: must be below num_processes ({count}), as processes are "
+            "numbered from 0"
         )

@@ -63,7 +63,7 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
     def restore_latest(self, template: BilevelState) -> BilevelState:
-        """The newest snapshot's state, shaped and placed like `template`."""
+        """The newest snapshot's state, shaped and placed as `template` says, arrays or shapes."""
         arrays = ocp.args.StandardRestore(template)
         return self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(arrays=arrays))["arrays"]
 

@@ -174,13 +174,13 @@ def train(
 
 
 def _restored(checkpoints: Checkpoints, reached: tuple[Phase, Any], fresh: Snapshot, part: Part) -> Snapshot:
-    """The newest snapshot; what `fresh` holds is freed, as a first step would have done by donation."""
+    """The newest snapshot; what `fresh` holds is freed before, since a device may have no room for both."""
     like = fresh.state
     if not (is_whole(reached[0]) or like.frozen):  # the phase may part the model otherwise than the run's beginning
         like = _begin(*reached, fresh, part).state
-    state = checkpoints.restore_latest(like)
+    template = sharding.shapes(reached[0].mesh, like)
     jax.tree.map(lambda leaf: leaf.delete(), (fresh.state, like))
-    return Snapshot(state, fresh.progress)
+    return Snapshot(checkpoints.restore_latest(template), fresh.progress)
 
 
 def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot, part: Part) -> Snapshot:

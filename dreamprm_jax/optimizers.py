@@ -323,7 +323,9 @@ def derivative_vanishes(tx: optax.GradientTransformation, params: Any, num_steps
 
     @jax.jit
     def look_back(step: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        grads = jax.tree.map(lambda leaf: (jnp.arange(leaf.size) + 1.0 + step).reshape(leaf.shape), small)
+        grads = jax.tree.map(
+            lambda leaf: (jnp.arange(leaf.size) + 1.0 + step).reshape(leaf.shape).astype(leaf.dtype), small
+        )
         _, pull, state = jax.vjp(lambda grads: tx.update(grads, state, small), grads, has_aux=True)
         return jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(pull(small)[0])])), state
 

@@ -177,6 +177,29 @@ def test_the_computed_products_of_scoring():
     assert all(each["published"] > each["one_by_one"] for each in times.values())
 
 
+def test_the_memory_benchmark_has_a_line_for_every_setting(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    arguments = ["--size", "wide", "--tiles", "1", "--remat", "full", "--trained", "all,adapters"]
+    rows = run_benchmark(memory, monkeypatch, tmp_path, *arguments, "--moment-dtypes", "bfloat16")["rows"]
+    assert [(row["trained"], row["moments"], row["remat"]) for row in rows] == [
+        ("all", "bfloat16", "full"), ("adapters", "bfloat16", "full"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["tokens"] == step.TEXT_TOKENS + CONFIG.image_tokens_per_tile
+        assert row["arguments GiB"] > row["state GiB"] > 0 and row["temporary GiB"] > 0
+    assert rows[1]["state GiB"] < rows[0]["state GiB"]
+    assert capsys.readouterr().out.count("\n| ") == 1 + len(rows)
+
+
+def test_the_computed_table_of_memory_adds_up(monkeypatch, tmp_path):
+    arguments = ["--computed", "--sizes", "internvl3_1b,internvl3_8b", "--trained", "all", "--moment-dtypes", "float32"]
+    small, large = run_benchmark(memory, monkeypatch, tmp_path, *arguments)["rows"]
+    parts = ("parameters", "moments", "gradient", "u", "frozen")
+    assert small["sum"] == pytest.approx(sum(small[name] for name in parts))
+    assert small["left of 80 GB"] == pytest.approx(memory.CARD - small["sum"])
+    assert large["left of 80 GB"] == "does not fit"
+
+
 def test_the_startup_benchmark_ends_with_the_first_line(monkeypatch, tmp_path, capsys):
     sizes = {"pretrain": 0, "cold_start": 8, "clean": 8, "flipped": 0, "meta_questions": 4, "test_questions": 1}
     flags = [f"--config.noisy_steps.{name}={size}" for name, size in sizes.items()]

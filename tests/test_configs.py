@@ -191,3 +191,27 @@ def test_what_is_trained_has_its_ranges(field, value):
     cfg.model[field] = value
     with pytest.raises(ValueError, match=f"--config.model.{field}={value}: must be"):
         ranges.validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "num_processes", "process_id", "message"),
+    [
+        (None, 2, None, "coordinator is missing"),
+        (None, None, 1, "coordinator is missing"),
+        ("host:1", None, 0, "give --config.distributed.num_processes and"),
+        ("host:1", 2, None, "give --config.distributed.num_processes and"),
+        ("host:1", 2, 2, "process_id=2: must be below num_processes"),
+    ],
+)
+def test_processes_that_share_a_run_are_named_in_full(coordinator, num_processes, process_id, message):
+    cfg = config("table")
+    cfg.distributed.update(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+    with pytest.raises(ValueError, match=message):
+        ranges.validate(cfg)
+
+
+@pytest.mark.parametrize(("coordinator", "num_processes", "process_id"), [("auto", None, None), ("host:1", 2, 1)])
+def test_processes_that_are_named_in_full_may_share_a_run(coordinator, num_processes, process_id):
+    cfg = config("table")
+    cfg.distributed.update(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+    ranges.validate(cfg)

@@ -211,6 +211,14 @@ def test_a_warning_is_due_where_steps_do_not_depend_on_their_gradient():
     assert optimizers.derivative_vanishes(optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-4)), params)
 
 
+@pytest.mark.parametrize("moment_dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("make", [optimizers.adamw, optimizers.hf_adamw])
+def test_an_optimizer_of_bfloat16_parameters_is_tried_in_their_type(make, moment_dtype):
+    params = {"kernel": jnp.ones((3, 2), jnp.bfloat16), "bias": jnp.ones(2)}
+    tx = make(lambda count: 0.1, weight_decay=0.1, moment_dtype=moment_dtype)
+    assert not optimizers.derivative_vanishes(tx, params)
+
+
 def test_the_average_of_the_parameters_moves_by_its_decay():
     ema = optimizers.update_ema({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([2.0, 0.0])}, 0.75)
     np.testing.assert_allclose(ema["a"], [1.25, 1.5])

@@ -57,7 +57,7 @@ def refused(*arguments) -> str:
         ((TABLE, "stray"), "unexpected argument 'stray'"),
         ((TABLE, "--config.seed=1", "--config=configs/score.py"), "--config is given 2 times"),
         ((TABLE, "--workdir=gs://bucket/table"), "--workdir=gs://bucket/table: must be a path"),
-        ((TABLE, "--config.distributed.process_id=1"), "process_id=1: needs --config.distributed.coordinator"),
+        ((TABLE, "--config.distributed.process_id=1"), "distributed.coordinator is missing"),
         (
             (TABLE, "--config.distributed.coordinator=localhost:1", "--config.distributed.num_processes=2",
              "--config.distributed.process_id=2"),

@@ -115,12 +115,10 @@ def test_rows_are_divided_evenly(field, value):
     cfg.micro_batch_size, cfg.meta_micro_batch_size = 1, 2  # on each of four
     steps.check_rows(cfg, mesh)
     cfg.update_from_flattened_dict({field: value})
-    with pytest.raises(
-        InputError, match=rf"--config.{field}={value}: must be a multiple of [48], since .* = 4 devices"
-    ):
+    with pytest.raises(InputError, match=f"--config.{field}={value}: must be a multiple of 4, since "):
         steps.check_rows(cfg, mesh)
-    cfg.update_from_flattened_dict({"batch_size": 8, "meta_batch_size": 8, field: 8, "micro_batch_size": 4})
-    with pytest.raises(InputError, match=r"batch_size=8: must be a multiple of 16, .* rows 4 at a time \(micro_batch"):
+    cfg.update_from_flattened_dict({"batch_size": 8, "meta_batch_size": 8, field: 12, "micro_batch_size": 2})
+    with pytest.raises(InputError, match=f"--config.{field}=12: gives each device 3 rows, which it cannot take 2 at"):
         steps.check_rows(cfg, mesh)
 
 

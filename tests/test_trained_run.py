@@ -7,7 +7,7 @@ import pytest
 from test_training import Killed, lines, small_config, without_clocks
 
 from configs import score
-from dreamprm_jax import experiment, train
+from dreamprm_jax import results, train
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.experiment import run_training
 
@@ -29,14 +29,14 @@ def adapters_config():
 def run_and_catch(cfg, workdir):
     """(summary, the parameters that scored)."""
     caught = {}
-    original = experiment.finish
+    original = results.finish
 
     def finish(cfg, workdir, model, *rest):
         caught["params"] = model.params
         return original(cfg, workdir, model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "finish", finish)
+        patch.setattr(results, "finish", finish)
         return run_training(cfg, workdir), caught["params"]
 
 
@@ -87,9 +87,9 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, last_
     """Killed at the end of pretraining, after which the model is parted, and in the weighted phase."""
     count, original = 0, train._Logger.push
 
-    def push(logger, pending):
+    def push(logger, *step):
         nonlocal count
-        original(logger, pending)
+        original(logger, *step)
         count += 1
         if count > last_step + 1:
             raise Killed

@@ -3,13 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import domain, net, score, table
-from dreamprm_jax import build, experiment, train
+from dreamprm_jax import bilevel, build, experiment, train, weighting
 from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
@@ -267,3 +269,20 @@ def test_an_init_file_with_a_value_that_is_not_finite_is_refused(tmp_path):
     cfg.weighting.init = str(tmp_path / "init.safetensors")
     with pytest.raises(InputError, match=r"table\[3\] is nan"):
         run_training(cfg, tmp_path / "work")
+
+
+def test_a_resumed_run_frees_the_fresh_state_before_it_reads_the_saved_one():
+    tx, params = optax.adam(1e-3), {"kernel": jnp.ones((3, 2))}
+    state = bilevel.with_ema(bilevel.init_state(tx, tx, weighting.uniform(), params))
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+
+    class Saved:
+        def restore_latest(self, template):
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(template))
+            return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), template)
+
+    phase = train.Phase("bilevel", 0, 1, None, (), None)
+    fresh = experiment.Snapshot(state, {"phase": "bilevel", "next_step": 1})
+    found = experiment._restored(Saved(), (phase, tx), fresh, lambda params: (params, {}))
+    assert found == experiment.Snapshot(shapes, fresh.progress)
