@@ -73,22 +73,6 @@ def test_step_measures_what_is_trained_in_micro_batches(monkeypatch, tmp_path):
     assert row["model TFLOP"] * 1e12 == pytest.approx(step.model_flops(CONFIG, setting, row["tokens"], "adapters"))
 
 
-def test_memory_of_settings_compiled_and_computed(monkeypatch, tmp_path):
-    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
-    monkeypatch.setitem(presets.PRESETS, "small", CONFIG)
-    path, found = tmp_path / "memory.json", {}
-    options = "--tiles 1 --trained all,adapters --moment-dtypes bfloat16 --remat full"
-    for arguments in (f"--size wide {options}", f"--computed --sizes small {options}"):
-        monkeypatch.setattr(sys, "argv", ["memory", *arguments.split(), "--json", str(path)])
-        memory.main()
-        found["computed" in arguments] = json.loads(path.read_text())["rows"]
-    whole, adapters = found[False]
-    assert whole["state GiB"] == pytest.approx(whole["arguments GiB"], rel=0.1)  # and the batch
-    assert adapters["temporary GiB"] < whole["temporary GiB"]
-    assert found[True][0]["moments"] == pytest.approx(found[True][0]["parameters"], rel=1e-3)  # two, of half the width
-    assert found[True][1]["gradient"] < 0.3 * found[True][0]["gradient"]
-
-
 def test_the_peak_of_a_device_that_counts_and_of_one_that_does_not(monkeypatch):
     class Device:
         def memory_stats(self):
@@ -177,7 +161,7 @@ def test_the_computed_products_of_scoring():
     assert all(each["published"] > each["one_by_one"] for each in times.values())
 
 
-def test_the_memory_benchmark_has_a_line_for_every_setting(monkeypatch, tmp_path, capsys):
+def test_the_memory_benchmark_has_a_line_for_every_setting(monkeypatch, tmp_path):
     monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
     arguments = ["--size", "wide", "--tiles", "1", "--remat", "full", "--trained", "all,adapters"]
     rows = run_benchmark(memory, monkeypatch, tmp_path, *arguments, "--moment-dtypes", "bfloat16")["rows"]
@@ -188,7 +172,6 @@ def test_the_memory_benchmark_has_a_line_for_every_setting(monkeypatch, tmp_path
         assert row["tokens"] == step.TEXT_TOKENS + CONFIG.image_tokens_per_tile
         assert row["arguments GiB"] > row["state GiB"] > 0 and row["temporary GiB"] > 0
     assert rows[1]["state GiB"] < rows[0]["state GiB"]
-    assert capsys.readouterr().out.count("\n| ") == 1 + len(rows)
 
 
 def test_the_computed_table_of_memory_adds_up(monkeypatch, tmp_path):

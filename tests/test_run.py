@@ -61,7 +61,7 @@ def refused(*arguments) -> str:
         (
             (TABLE, "--config.distributed.coordinator=localhost:1", "--config.distributed.num_processes=2",
              "--config.distributed.process_id=2"),
-            "process_id=2: must be from 0 to 1",
+            "process_id=2: must be below num_processes (2)",
         ),
     ],
 )  # fmt: skip
