@@ -95,7 +95,9 @@ def start(home: Path, argv: list[str]) -> dict[str, float]:
     """One start, as a row of the table."""
     workdir = ["--workdir", tempfile.mkdtemp(dir=home)]
     command = [sys.executable, "-c", MEASURED, str(time.time()), *argv, *workdir]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["HOME"] = str(home)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -42,6 +42,7 @@ def run_evaluation(cfg: Any, workdir: Path) -> dict[str, Any]:
       InputError: before anything is compiled, a row, image or score that cannot be used, or a workdir of another run.
     """
     with files_of_process(workdir, first=sharding.is_first()) as (own, _):
+        sharding.meet("files")  # before the first process changes what the others copy
         return _run_evaluation(cfg, own)
 
 

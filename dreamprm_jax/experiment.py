@@ -40,6 +40,7 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
       InputError: a user's mistake, see the rooms that read.
     """
     with files_of_process(workdir, first=sharding.is_first()) as (own, _):
+        sharding.meet("files")  # before the first process changes what the others copy
         return _run_training(cfg, own, workdir)
 
 

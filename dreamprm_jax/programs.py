@@ -48,7 +48,9 @@ class Programs:
         self._name, self._step, self._upcoming = name, step, upcoming
         self._like: tuple[PyTree, ...] | None = None  # state and batches of the first call, abstract
         self._began = 0.0  # time of the first call
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="compile")
+        # Processes that share a run tune kernels together, which has to be in one order.
+        threads = NUM_THREADS if jax.process_count() == 1 else 1
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
         self._lock = threading.Lock()  # of all that follows
         self._programs: dict[tuple[Shape, ...], Future] = {}
         self._num_compiled = 0

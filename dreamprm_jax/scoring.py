@@ -224,6 +224,7 @@ def run_scoring(cfg: Any, workdir: Path) -> dict[str, Any]:
         that something else wrote, or a workdir of another run.
     """
     with files_of_process(workdir, cfg.output, first=sharding.is_first()) as (own, output):
+        sharding.meet("files")  # before the first process changes what the others copy
         return _run_scoring(cfg, own, output or own / "scores.jsonl")
 
 

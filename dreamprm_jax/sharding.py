@@ -104,6 +104,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def meet(where: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
 class Layout(NamedTuple):
     """How many devices each axis of the mesh has; `data` = 0: as many as are left."""
 

@@ -184,6 +184,7 @@ def test_the_computed_table_of_memory_adds_up(monkeypatch, tmp_path):
 
 
 def test_the_startup_benchmark_ends_with_the_first_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))  # the user's own, which has no part in it
     sizes = {"pretrain": 0, "cold_start": 8, "clean": 8, "flipped": 0, "meta_questions": 4, "test_questions": 1}
     flags = [f"--config.noisy_steps.{name}={size}" for name, size in sizes.items()]
     arguments = ["--rounds", "1", "--config=configs/cold_start.py", "--config.pretrain.num_steps=0", *flags]
@@ -195,6 +196,7 @@ def test_the_startup_benchmark_ends_with_the_first_line(monkeypatch, tmp_path, c
         assert row["first line"] == pytest.approx(sum(stages))
         assert row["programs"] == fresh["programs"] > 5
     assert fresh["read back"] == 0 < kept["read back"]
+    assert not (tmp_path / "cache").exists()
     assert [row["command"] for row in found["answers"]] == list(startup.ANSWERS)
     assert all(row["s"] > 0 and row["CPU s"] > 0 for row in found["answers"])
     assert "| first line |" in capsys.readouterr().out

@@ -114,7 +114,7 @@ def copied(embedded, tmp_path):
 
 def test_a_finished_run_gives_its_summary(copied, monkeypatch):
     workdir, summary, cfg = copied
-    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *a, **how: pytest.fail("loaded for nothing"))
     before = {path.name: path.stat().st_mtime_ns for path in workdir.glob("re*")}
     assert run_evaluation(cfg, workdir) == summary
     assert {path.name: path.stat().st_mtime_ns for path in workdir.glob("re*")} == before
@@ -145,7 +145,7 @@ def test_its_scores_can_be_given_in_place_of_the_model(embedded, tmp_path, monke
     workdir, _, cfg = embedded
     given = copy.deepcopy(cfg)
     given.candidates.scores = str(workdir / "scores.jsonl")
-    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *a, **how: pytest.fail("loaded for nothing"))
     run_evaluation(given, tmp_path)
     assert results_of(tmp_path) == results_of(workdir)
     assert not (tmp_path / "scores.jsonl").exists()

@@ -227,7 +227,7 @@ def test_two_processes_share_a_run_and_one_goes_on_with_it(tmp_path):
         for name in ("inner_loss", "meta_loss", "grad_norm", "meta_grad_norm"):
             if name in one:
                 assert other[name] == pytest.approx(one[name], rel=1e-4), (name, one["step"])
-    weights = [np.array([json.loads(line)["weight"] for line in (folder / "instance_weights.jsonl").open()])
-               for folder in (whole, shared)]  # fmt: skip
+    texts = [(folder / "instance_weights.jsonl").read_text() for folder in (whole, shared)]
+    weights = [np.array([json.loads(line)["weight"] for line in text.splitlines()]) for text in texts]
     np.testing.assert_allclose(*weights, atol=1e-3)
     assert json.loads((shared / "summary.json").read_text())["best_of_n"]
