@@ -110,13 +110,22 @@ def log_machine(cfg) -> None:
 
     devices = jax.devices()
     versions = f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
-    print(f"{versions}, {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
+    print(f"{versions}, {len(devices)} x {devices[0].device_kind}{unused(cfg, len(devices))}", file=sys.stderr)
     if devices[0].platform == "cpu" and cfg.model.checkpoint and cfg.model.compute_dtype == "bfloat16":
         warnings.warn(
             "NO ACCELERATOR FOUND: a run at this scale on a CPU takes months. Install requirements-cuda.txt or "
             "requirements-tpu.txt (README, Accelerators).",
             stacklevel=2,
         )
+
+
+def unused(cfg, num_devices: int) -> str:
+    """What to say of devices that the run leaves idle; nothing where it takes all."""
+    rest = cfg.mesh.fsdp * cfg.mesh.tensor
+    taken = (cfg.mesh.data or max(1, num_devices // rest)) * rest
+    if taken >= num_devices:
+        return ""
+    return f", of which the run takes {taken} (--config.mesh.data, fsdp, tensor: docs/distributed.md)"
 
 
 def find_task(cfg):

@@ -108,3 +108,15 @@ def test_the_score_command_scores_with_that_workdir(workdir, tmp_path):
     assert line["id"] == 7
     promised = re.search(r"from `score`: `\{(.*?)\}`", README, re.DOTALL)[1]
     assert list(line) == [name for name in re.findall(r'"(\w+)"', promised) if name != "true_false"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_devices", "expected"),
+    [((1, 1, 1), 1, ""), ((8, 1, 1), 8, ""), ((0, 2, 2), 8, ""), ((1, 1, 1), 8, "the run takes 1 "),
+     ((0, 3, 1), 8, "the run takes 6 "), ((16, 1, 1), 8, "")],
+)  # fmt: skip
+def test_devices_that_a_run_leaves_idle_are_told(mesh, num_devices, expected):
+    cfg = base.get_config()
+    cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor = mesh
+    told = run.unused(cfg, num_devices)
+    assert expected in told and bool(told) == bool(expected)
