@@ -3,6 +3,7 @@
 import difflib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -121,8 +122,9 @@ def log_machine(cfg) -> None:
 
 def unused(cfg, num_devices: int) -> str:
     """What to say of devices that the run leaves idle; nothing where it takes all."""
-    rest = cfg.mesh.fsdp * cfg.mesh.tensor
-    taken = (cfg.mesh.data or max(1, num_devices // rest)) * rest
+    from dreamprm_jax.sharding import sizes_of
+
+    taken = math.prod(sizes_of(cfg.mesh, num_devices))
     if taken >= num_devices:
         return ""
     return f", of which the run takes {taken} (--config.mesh.data, fsdp, tensor: docs/distributed.md)"

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
-import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from benchmarks import collectives, communication, workload
 from benchmarks.communication import Volume, Work
@@ -234,18 +231,18 @@ def computed_states() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Parses, counts or computes, prints the tables, writes the JSON."""
+    """Counts or computes what the arguments ask for, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--computed", action="store_true", help="from shapes alone, for 8 devices")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="comma-separated")
     parser.add_argument("--devices", default="1,2,4,8")
-    parser.add_argument("--json", type=Path, default=Path("scaling.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("scaling.json"), help="where the figures go; .md beside it")
     args = parser.parse_args()
     devices, config = [int(size) for size in args.devices.split(",")], SIZES[args.size]
     if args.computed:
         tables = {"communication": computed(config), "state GB": computed_states()}
-        heading = f"{args.size}, 8 devices, computed; bilevel compute at one row a card {COMPUTE_MS} ms, measured"
+        numbers = {"figures": "computed, for 8 devices", "measured ms of a bilevel iteration, a row a card": COMPUTE_MS}
     else:
         if args.size != "small":
             parser.error(f"--size={args.size}: only with --computed, which compiles nothing")
@@ -254,14 +251,8 @@ def main() -> None:
         settings = settings_for(args.programs.split(","), devices)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             tables = {"counted": list(pool.map(lambda setting: count(config, setting), settings))}
-        heading = f"{max(devices)} forced host devices, counted in compiled programs, of one device each"
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "platform": platform.platform()}
-    options = {name: str(value) for name, value in vars(args).items()}
-    args.json.write_text(json.dumps({"versions": versions, "options": options, **tables}, indent=2) + "\n")
-    print(f"{heading}; jax {jax.__version__}")
-    for name, rows in tables.items():
-        shown = [{key: value for key, value in row.items() if key != "collectives"} for row in rows]
-        print(f"\n{name}\n\n{workload.markdown(shown)}")
+        numbers = {"figures": "counted in the program that is compiled for each forced host device"}
+    workload.report(args.json, vars(args), {**numbers, **tables})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -127,10 +125,10 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parses, measures, prints the tables, writes the JSON."""
+    """Measures what the arguments ask for, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="starts of each kind; medians are shown")
-    parser.add_argument("--json", type=Path, default=Path("startup.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("startup.json"), help="where the figures go; .md beside it")
     args, argv = parser.parse_known_args()
     argv = argv or ["--config=configs/table.py"]
     load, rounds = os.getloadavg()[0], {"none kept": [], "kept": []}
@@ -142,14 +140,12 @@ def main() -> None:
     answers = [
         {"command": name, **medians([answer(given) for _ in range(args.rounds)])} for name, given in ANSWERS.items()
     ]
-    versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
-    machine = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-    machine |= {**versions, "load before": load, "load after": os.getloadavg()[0]}
-    found = {"machine": machine, "argv": argv, "rounds": rounds, "starts": starts, "answers": answers}
-    args.json.write_text(json.dumps(found, indent=2) + "\n")
-    from benchmarks.workload import markdown  # loads jax, which must not stand in the way of what is measured
+    numbers = {"load before": load, "load after": os.getloadavg()[0]}
+    each = [{"programs of runs before": kind, **row} for kind, rows in rounds.items() for row in rows]
+    from benchmarks.workload import report  # loads jax, which must not stand in the way of what is measured
 
-    print(f"{' '.join(argv)}: seconds\n\n{markdown(starts)}\n\n{markdown(answers)}\n\n{machine}")
+    options = vars(args) | {"run.py": " ".join(argv)}
+    report(args.json, options, {**numbers, "starts": starts, "answers": answers, "rounds": each})
 
 
 if __name__ == "__main__":

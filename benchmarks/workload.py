@@ -156,7 +156,8 @@ def analysis(compiled: Any) -> dict[str, float]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Rows with the same keys as a table; None is a dash."""
+    """Rows with the same keys as a table; None is a dash, and what is nested is left to the JSON."""
+    rows = [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows]
     cells = [[_cell(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -118,6 +118,12 @@ class Layout(NamedTuple):
     tensor: int = 1
 
 
+def sizes_of(layout: Any, num_devices: int) -> Layout:
+    """What a layout comes to on so many devices; it may be more or fewer than there are."""
+    data = layout.data or max(1, num_devices // (layout.fsdp * layout.tensor))
+    return Layout(data, layout.fsdp, layout.tensor)
+
+
 def make_mesh(layout: Any) -> Mesh | None:
     """The mesh of that layout over the first devices there are; None for a single device, which needs none.
 
@@ -127,11 +133,10 @@ def make_mesh(layout: Any) -> Mesh | None:
     Raises:
       InputError: the devices there are do not make it up.
     """
-    layout, found = Layout(layout.data, layout.fsdp, layout.tensor), jax.device_count()
-    rest = layout.fsdp * layout.tensor
-    sizes = layout if layout.data else layout._replace(data=max(1, found // rest))
+    found = jax.device_count()
+    sizes = sizes_of(layout, found)
     wanted = math.prod(sizes)
-    asked = " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, layout, strict=True))
+    asked = " ".join(f"--config.mesh.{axis}={getattr(layout, axis)}" for axis in AXES)
     if wanted > found:
         raise InputError(f"{asked}: needs {wanted} devices, and there are {found}")
     if jax.process_count() > 1 and wanted != found:
@@ -159,7 +164,8 @@ def partition(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         if re.search(f"(^|/)({pattern})$", path) and len(spec) <= len(shape):
             if pattern == "table|rows" and shape[0] < LARGE:
                 break
-            return PartitionSpec(*(_if_divisible(mesh, axes, size) for axes, size in zip(spec, shape)))  # noqa: B905
+            sizes = zip(spec, shape, strict=False)  # the spec may say nothing of the last axes
+            return PartitionSpec(*(_if_divisible(mesh, axes, size) for axes, size in sizes))
     return PartitionSpec()
 
 
