@@ -172,7 +172,10 @@ def test_a_stream_begins_anywhere(uneven, first):
 @pytest.mark.parametrize("num_inner_steps", [1, 2])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_a_batch_out_and_together_have_it(uneven, count, num_inner_steps):
-    plan = batches.make_plan(uneven, batch_size=4 * num_inner_steps, num_batches=3, seed=1)
+    by_shape = uneven.rows[np.argsort(uneven.shape_of[uneven.rows], kind="stable")]
+    order = np.array([*by_shape[:2], *by_shape[-2:]])  # of a batch, short rows in one process and long ones in another
+    assert len(set(uneven.shape_of[order])) > 1
+    plan = batches.make_plan(uneven, batch_size=4 * num_inner_steps, num_batches=3, seed=1, order=order)
 
     def read(*own, count=count):
         return batches.training_batches(uneven, plan, 1, num_inner_steps=num_inner_steps, share=Share(own, count))
