@@ -200,3 +200,8 @@ def test_the_startup_benchmark_ends_with_the_first_line(monkeypatch, tmp_path, c
     assert [row["command"] for row in found["answers"]] == list(startup.ANSWERS)
     assert all(row["s"] > 0 and row["CPU s"] > 0 for row in found["answers"])
     assert "| first line |" in capsys.readouterr().out
+
+
+def test_a_table_leaves_what_is_nested_to_the_json():
+    rows = [{"program": "dot", "ms": 1234.5678, "peak": None, "collectives": {"all-reduce": 3}}]
+    assert workload.markdown(rows) == "| program | ms | peak |\n| --- | --- | --- |\n| dot | 1235 | - |"
