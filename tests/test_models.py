@@ -12,7 +12,7 @@ import pytest
 
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models import internvl, presets
-from dreamprm_jax.models.layers import attend, attend_in_blocks, choose_attention, with_filler
+from dreamprm_jax.models.layers import attend, attend_in_blocks, choose_attention, gelu, with_filler
 from dreamprm_jax.models.vit import pixel_shuffle
 from dreamprm_jax.types import Batch
 
@@ -276,6 +276,30 @@ def test_how_it_is_computed_does_not_change_the_gradient(params, batch, change):
     other = dataclasses.replace(CONFIG, **change)
     expected, got = gradient(CONFIG, params, batch), gradient(other, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, got)
+
+
+@pytest.mark.parametrize(("scan_unroll", "held_apart"), [(1, False), (2, True)])
+def test_an_unrolled_loop_recomputes_too(params, batch, scan_unroll, held_apart):
+    """Without a loop XLA would merge what is computed again with the forward pass (seen on a GPU: all is kept)."""
+    config = dataclasses.replace(CONFIG, remat="full", scan_unroll=scan_unroll)
+    program = jax.jit(jax.grad(lambda params: total(config, params, batch))).lower(params).as_text()
+    assert ("optimization_barrier" in program) == held_apart
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-7), ("bfloat16", 2**-8)])
+def test_gelu_is_exact_and_so_are_its_derivatives(dtype, tolerance):
+    x = np.linspace(-3, 6, 3001).astype(dtype)
+    with jax.enable_x64(True):
+        exact = partial(jax.nn.gelu, approximate=False)
+        slope = jax.vmap(jax.grad(exact))
+        wanted = [np.asarray(f(jnp.asarray(x, "float64"))) for f in (exact, slope, jax.vmap(jax.grad(jax.grad(exact))))]
+    found = [gelu, jax.vmap(jax.grad(gelu)), jax.vmap(jax.grad(jax.grad(gelu)))]
+    for name, function, truth in zip(("value", "slope", "curvature"), found, wanted, strict=True):
+        np.testing.assert_allclose(np.float64(function(x)), truth, rtol=tolerance, atol=tolerance, err_msg=name)
+    forward = jax.jvp(gelu, (x,), (np.ones_like(x),))[1]
+    np.testing.assert_allclose(np.float64(forward), wanted[1], rtol=tolerance, atol=tolerance)
+    # Where it is small, too: erfc in bfloat16 has lost all but five bits at -3.
+    np.testing.assert_allclose(np.float64(gelu(x)), wanted[0], rtol=max(tolerance, 1e-4))
 
 
 def test_remat_keeps_less_for_the_backward_pass(params, batch, monkeypatch):

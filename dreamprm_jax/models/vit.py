@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamprm_jax.models.layers import LayerNorm, Linear, attend, divided, match_rank, scan_layers, with_filler
+from dreamprm_jax.models.layers import LayerNorm, Linear, attend, divided, gelu, match_rank, scan_layers, with_filler
 from dreamprm_jax.models.presets import InternVLConfig
 
 
@@ -38,7 +38,7 @@ class VisionBlock(nn.Module):
     def mlp(self, x: jax.Array) -> jax.Array:
         vision = self.config.vision
         hidden = Linear("ptd,df->ptf", (vision.width, vision.mlp_width), name="fc1")(x)
-        hidden = nn.gelu(hidden, approximate=False)
+        hidden = gelu(hidden)
         return Linear("ptf,fd->ptd", (vision.mlp_width, vision.width), name="fc2")(hidden)
 
 
@@ -96,5 +96,5 @@ class Projector(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [P, I, shuffled D] -> [P, I, D]
         width = self.config.language.width
         x = LayerNorm(1e-5, name="norm")(x)  # eps: torch's default, not the vision tower's
-        x = nn.gelu(Linear("pid,df->pif", (x.shape[-1], width), name="fc1")(x), approximate=False)
+        x = gelu(Linear("pid,df->pif", (x.shape[-1], width), name="fc1")(x))
         return Linear("pif,fd->pid", (width, width), name="fc2")(x)
