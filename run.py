@@ -1,6 +1,7 @@
 """The entry point: `python run.py --config=configs/NAME.py[:ARG,...] [--workdir=DIR] [--config.FIELD=VALUE ...]`."""
 
 import difflib
+import errno
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import base, ranges
-from dreamprm_jax.errors import InputError
+from dreamprm_jax.errors import InputError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment, configs/NAME.py[:ARG,...]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "output directory; default runs/NAME-ARGS")
@@ -207,9 +208,19 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return leave(128 + stopped.number)  # as a shell has it
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            return leave(1)
+        where = error.filename or "the disk of the workdir"
+        print(f"error: {where}: {error.strerror}; free some space, and the same command goes on", file=sys.stderr)
+        return leave(2)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes what it began", file=sys.stderr)
-        return leave(130)  # 128 + SIGINT, as a shell has it
+        return leave(130)  # 128 + SIGINT
     except Exception:
         traceback.print_exc()
         return leave(1)

@@ -160,6 +160,11 @@ def get_config() -> config_dict.ConfigDict:
     cfg.identity_cosine_every = 0  # iterations between cosines of the meta-gradient with `identity`; 0: never
     cfg.checkpoint_every = 1000  # steps, >= 1; the end of each phase is always saved
     cfg.checkpoints_to_keep = 2  # newest ones, >= 1
+    # Steps in a row whose loss or gradient is not finite: none of them is applied, and so many end the run, >= 1
+    cfg.max_skipped = 3
+    # A workdir whose run had another config or other data: same (refuse, and name the difference) | force (go on from
+    # its newest checkpoint all the same; config.json keeps what it was)
+    cfg.resume = "same"
 
     cfg.input = config_dict.ConfigDict()  # task=score, task=generate
     # Chains to score (.json, .jsonl), or questions to answer (.json, .jsonl, .parquet or a prepared directory)

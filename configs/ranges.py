@@ -111,6 +111,8 @@ CHECKS = {
     "log_every": _at_least(1),
     "checkpoint_every": _at_least(1),
     "checkpoints_to_keep": _at_least(1),
+    "max_skipped": _at_least(1),
+    "resume": _one_of("same", "force"),
     "score.history": _one_of("plus", "given"),
     "generate.base_url": (
         lambda value: value is None or re.fullmatch(r"https?://[^@?#\s]+", value) is not None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 
 from dreamprm_jax.hypergradient import Estimator
 from dreamprm_jax.inner import Problem
-from dreamprm_jax.optimizers import norm, update_ema, widen
+from dreamprm_jax.optimizers import is_finite, norm, update_ema, widen
 from dreamprm_jax.types import Batch, BilevelState, PyTree, TrainState
 from dreamprm_jax.weighting import Weighting
 
@@ -66,9 +67,14 @@ def outer_step(
     meta_params: PyTree,
     meta_opt_state: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """One step of the outer optimizer, then the projection onto the permitted weights."""
-    updates, meta_opt_state = meta_tx.update(meta_grad, meta_opt_state, meta_params)
-    return weighting.project(optax.apply_updates(meta_params, updates)), meta_opt_state
+    """One step of the outer optimizer, then the projection onto the permitted weights.
+
+    A meta-gradient that is not finite leaves both as they are.
+    """
+    updates, new_state = meta_tx.update(meta_grad, meta_opt_state, meta_params)
+    moved = weighting.project(optax.apply_updates(meta_params, updates)), new_state
+    finite = is_finite(meta_grad)
+    return jax.tree.map(partial(jax.lax.select, finite), moved, (meta_params, meta_opt_state))
 
 
 def bilevel_step(
@@ -91,7 +97,9 @@ def bilevel_step(
     metrics["meta_grad_norm"] = norm(meta_grad)
     if state.last_weights:
         rows = state.last_weights["rows"]
-        slots = jnp.where(batch.example_mask, batch.example_id, rows.size)  # a padded row has no slot
-        seen = rows.at[slots].set(metrics["instance_weights"], mode="drop")
+        weights = metrics["instance_weights"]
+        # A padded row has no slot, and a weight that is not finite was not applied.
+        slots = jnp.where(batch.example_mask & jnp.isfinite(weights), batch.example_id, rows.size)
+        seen = rows.at[slots].set(weights, mode="drop")
         state = state._replace(last_weights={"rows": seen})
     return state._replace(train=train, meta_params=meta_params, meta_opt_state=meta_opt_state), metrics

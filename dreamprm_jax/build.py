@@ -54,7 +54,7 @@ def record(cfg: Any) -> dict[str, Any]:
         *(cfg.candidates.path, cfg.candidates.scores, cfg.benchmark.path, cfg.benchmark.scores),
     )
     data = {path: _fingerprint(path) for path in paths if path is not None}
-    config = {name: value for name, value in cfg.to_dict().items() if name not in ("mesh", "distributed")}
+    config = {name: value for name, value in cfg.to_dict().items() if name not in ("mesh", "distributed", "resume")}
     return {"config": config, "data": data}
 
 

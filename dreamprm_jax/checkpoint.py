@@ -2,17 +2,23 @@
 
 A checkpoint holds the state of both levels and the number of the next step, of which every batch is a function: what
 a killed run needs to go on bit for bit. What is frozen is in every one: less than the moments that a whole model would
-have, and a checkpoint suffices by itself. A workdir also keeps the model's config and tokenizer, so that it can be
-loaded alone.
+have, and a checkpoint suffices by itself. It also holds a sum over each array's bits, by which what is read is known to
+be what was saved. A workdir also keeps the model's config and tokenizer, so that it can be loaded alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
@@ -24,9 +30,10 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
 from dreamprm_jax.models import config_json, convert, internvl, presets, trained
 from dreamprm_jax.models.layers import choose_attention
+from dreamprm_jax.programs import is_out_of_memory
 from dreamprm_jax.types import BilevelState, PyTree
 
-CHECKPOINTS, MODEL = "checkpoints", "model"
+CHECKPOINTS, MODEL, DAMAGED = "checkpoints", "model", "damaged"
 
 
 class Snapshot(NamedTuple):
@@ -36,40 +43,198 @@ class Snapshot(NamedTuple):
     progress: dict[str, Any]  # JSON: the phase, its next step, seconds so far
 
 
+class Damaged(Exception):
+    """A checkpoint is not what was saved; it has been set aside, so that the run can go on from the one before."""
+
+
 class Checkpoints:
-    """The checkpoints of one workdir, by the run's step (cold start included)."""
+    """The checkpoints of one workdir, by the run's step (cold start included).
+
+    They are written in the background, and have their name once they are whole: a kill at any moment leaves those that
+    were there. Errors of a background write are raised by the next call.
+    """
 
     def __init__(self, workdir: Path, keep: int):
+        self._workdir, self._folder = workdir, (workdir / CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.LatestN(keep),
-                # Saved in place: the next step donates the buffers that a background save would still read.
-                enable_async_checkpointing=False,
-            ),
+            self._folder,
+            options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep)),
+            item_handlers={"arrays": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
         )
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Writes a snapshot, atomically; saving a step again is a no-op."""
-        progress = {**snapshot.progress, "averaged": bool(snapshot.state.ema)}  # which parameters score
-        arrays = ocp.args.StandardSave(snapshot.state)
-        self._manager.save(step, args=ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress)))
+        """Copies a snapshot to the host, and writes it from there; saving a step again is a no-op.
+
+        Raises:
+          InputError: the disk has no room for it, or had none for the one before.
+        """
+        with self._told_when_full():
+            if step == self._manager.latest_step():
+                return
+            self.check_room(snapshot.state)
+            progress = {
+                **snapshot.progress,
+                "averaged": bool(snapshot.state.ema),  # which parameters score
+                "sums": bit_sums(snapshot.state),
+            }
+            arrays = ocp.args.StandardSave(snapshot.state)
+            self._manager.save(step, args=ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress)))
+
+    def check_room(self, state: BilevelState) -> None:
+        """Whether the disk has room for one more checkpoint.
+
+        Raises:
+          InputError: it does not; says how much is missing.
+        """
+        self._manager.wait_until_finished()  # an earlier one may still be growing, or about to go
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._workdir).free
+        if free < needed:
+            raise InputError(
+                f"{self._folder}: a checkpoint takes {_size(needed)} and the disk has {_size(free)} left; "
+                + self._goes_on()
+            )
+
+    def latest(self) -> Path | None:
+        """The newest one's folder."""
+        self._manager.wait_until_finished()
+        step = self._manager.latest_step()
+        return None if step is None else self._folder / str(step)
 
     def latest_progress(self) -> dict[str, Any] | None:
-        """The progress of the newest snapshot; None where there is none."""
+        """The progress of the newest snapshot; None where there is none.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
-        return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        with self._set_aside_if_damaged(step):
+            arguments = ocp.args.Composite(progress=ocp.args.JsonRestore())
+            progress = self._manager.restore(step, args=arguments)["progress"]
+            return {name: progress[name] for name in ("phase", "next_step", "seconds", "sums")}
 
-    def restore_latest(self, template: BilevelState) -> BilevelState:
-        """The newest snapshot's state, shaped and placed as `template` says, arrays or shapes."""
-        arrays = ocp.args.StandardRestore(template)
-        return self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(arrays=arrays))["arrays"]
+    def restore_latest(self, template: BilevelState, sums: dict[str, int]) -> BilevelState:
+        """The newest snapshot's state, shaped and placed as `template` says, arrays or shapes.
+
+        Raises:
+          Damaged: it cannot be read, or its arrays do not add up to `sums`, those of its progress.
+          InputError: it is whole, and its arrays have other names or shapes: of a run with another config.
+        """
+        step = self._manager.latest_step()
+        with self._set_aside_if_damaged(step):
+            _check_shapes(self._folder / str(step), self._manager.item_metadata(step)["arrays"].tree, template)
+            arrays = ocp.args.StandardRestore(template)
+            state = self._manager.restore(step, args=ocp.args.Composite(arrays=arrays))["arrays"]
+            check_sums(state, sums)
+            return state
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.close()
+        """Waits for what is being written.
+
+        Raises:
+          InputError: the disk had no room for it.
+        """
+        with self._told_when_full():
+            self._manager.close()
+
+    @contextmanager
+    def _set_aside_if_damaged(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, PermissionError):
+            raise
+        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
+            if is_out_of_memory(error) or is_full(error):
+                raise
+            damaged, kept = self._folder / str(step), self._workdir / DAMAGED / str(step)
+            if sharding.is_first():
+                kept.parent.mkdir(exist_ok=True)
+                shutil.rmtree(kept, ignore_errors=True)
+                damaged.rename(kept)
+            sharding.meet(f"damaged {step}")
+            raise Damaged(f"{damaged}: is damaged ({_line_of(error)}), and now in {kept}") from error
+
+    @contextmanager
+    def _told_when_full(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not is_full(error):
+                raise
+            raise InputError(f"{self._folder}: the disk is full; {self._goes_on()}") from error
+
+    def _goes_on(self) -> str:
+        step = self._manager.latest_step()
+        return "free some space, and the same command goes on from " + (
+            "the beginning" if step is None else f"step {step}, the last one saved"
+        )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota had no room, as the system says it or as text in a library's error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def bit_sums(tree: PyTree) -> dict[str, int]:
+    """The sum of each leaf's bits, by its path, in 32 bits: no matter how the leaf is divided among devices.
+
+    Each entry counts by its place, so that two that have changed places are told, and by an odd number, so that no
+    change of a single one goes unseen.
+    """
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name: int(total) for name, total in jax.device_get(_sums_of(leaves)).items()}
+
+
+@jax.jit
+def _sums_of(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def total(leaf: jax.Array) -> jax.Array:
+        width = min(leaf.dtype.itemsize, 4)
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * width}").astype(jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(total, leaves)
+
+
+def check_sums(tree: PyTree, sums: dict[str, int]) -> None:
+    """Whether all leaves are those that `sums` is of.
+
+    Raises:
+      ValueError: names the first that is not.
+    """
+    wrong = [name for name, found in bit_sums(tree).items() if sums.get(name) != found]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not what was saved, {len(wrong)} of {len(sums)} arrays are not")
+
+
+def _check_shapes(folder: Path, saved: PyTree, template: PyTree) -> None:
+    found, wanted = (
+        {_name(path): (tuple(leaf.shape), str(jnp.dtype(leaf.dtype))) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, template))
+    )
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise InputError(
+                f"{folder}: {name} is {found.get(name, 'missing')} there, by the config {wanted.get(name, 'missing')}: "
+                "what is trained, averaged or counted cannot change within a run; give another --workdir"
+            )
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _line_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 class Model(NamedTuple):
@@ -167,7 +332,7 @@ def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.Inter
     """The newest parameters of a run of ours, whole, whatever of them it trains; on that mesh, whichever it ran on.
 
     Raises:
-      InputError: no finished checkpoint in it.
+      InputError: no finished checkpoint in it, or the newest is damaged.
     """
     config = config_json.config_from_json(workdir / MODEL / "config.json")
     handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
@@ -175,13 +340,25 @@ def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.Inter
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
-        # Only the parameters that score: moments and table of a 1B run are three times their size.
-        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-        averaged = progress.get("averaged", False)
-        saved = manager.item_metadata(step)["arrays"].tree
-        moved = {"ema": saved["ema"]} if averaged else {"train": {"params": saved["train"]["params"]}}
-        wanted = sharding.shapes(mesh, {**moved, "frozen": saved.get("frozen", {})})
-        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-        restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-        arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
-    return config, trained.whole(arrays["ema"] if averaged else arrays["train"]["params"], arrays["frozen"])
+        try:
+            return config, _scoring_params(manager, step, mesh)
+        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{workdir / CHECKPOINTS / str(step)}: is damaged ({_line_of(error)}); the command of its run sets it "
+                "aside and goes on from the one before"
+            ) from error
+
+
+def _scoring_params(manager: ocp.CheckpointManager, step: int, mesh: Mesh | None) -> PyTree:
+    """Of a checkpoint only the parameters that score: moments and table of a 1B run are three times their size."""
+    progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+    saved = manager.item_metadata(step)["arrays"].tree
+    moved = {"ema": saved["ema"]} if progress["averaged"] else {"train": {"params": saved["train"]["params"]}}
+    wanted = sharding.shapes(mesh, {**moved, "frozen": saved["frozen"]})
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+    arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
+    check_sums(arrays, progress["sums"])
+    return trained.whole(arrays["ema"] if progress["averaged"] else arrays["train"]["params"], arrays["frozen"])

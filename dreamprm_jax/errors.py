@@ -1,4 +1,6 @@
-"""The one exception for a user's mistake."""
+"""The exception for a user's mistake, and the one for a run that was asked to end."""
+
+import signal
 
 
 class InputError(ValueError):
@@ -13,3 +15,11 @@ class InputError(ValueError):
     def __init__(self, message: str, *, kind: str = "row"):
         super().__init__(message)
         self.kind = kind
+
+
+class Stopped(Exception):
+    """A signal has asked the run to end, and it has saved what it had; `run.py` exits with 128 + its number."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}: {message}; the same command goes on")
+        self.number = number

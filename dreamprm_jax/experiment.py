@@ -6,8 +6,8 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import closing
-from functools import partial
+from contextlib import ExitStack, closing
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ import jax
 from jax.sharding import Mesh
 
 from dreamprm_jax import bilevel, build, sharding, steps
-from dreamprm_jax.checkpoint import Checkpoints, Snapshot, load_model, save_model_card
+from dreamprm_jax.checkpoint import Checkpoints, Damaged, Snapshot, load_model, save_model_card
 from dreamprm_jax.data.dataset import Dataset
+from dreamprm_jax.errors import InputError
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
 from dreamprm_jax.metrics import MetricsWriter
 from dreamprm_jax.models import presets, trained
 from dreamprm_jax.optimizers import derivative_vanishes
-from dreamprm_jax.train import Cadence, Phase, run_phase
+from dreamprm_jax.train import Cadence, Phase, run_phase, stop_signal
 from dreamprm_jax.types import SUPERVISED, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting
-from dreamprm_jax.workdir import claim_workdir, files_of_process
+from dreamprm_jax.workdir import LOCK, claim_workdir, files_of_process, make_workdir, open_alone
 
 Part = Callable[[PyTree], tuple[PyTree, PyTree]]
 """Whole parameters -> (trained, frozen)."""
@@ -34,18 +35,28 @@ Part = Callable[[PyTree], tuple[PyTree, PyTree]]
 def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
     """`task=train`: runs, resumes, or reports a finished run; returns the summary.
 
-    All rows are read and checked before the workdir is touched and before anything is compiled.
+    All rows are read and checked before the workdir is touched and before anything is compiled. A checkpoint that is
+    damaged is set aside, and the run goes on from the one before it.
 
     Raises:
-      InputError: a user's mistake, see the rooms that read.
+      InputError: a user's mistake, see the rooms that read; or another run is at work in the workdir.
+      Stopped: a signal asked for it; the run is saved.
     """
-    with files_of_process(workdir, first=sharding.is_first()) as (own, _):
+    with files_of_process(workdir, first=sharding.is_first()) as (own, _), ExitStack() as held:
         sharding.meet("files")  # before the first process changes what the others copy
-        return _run_training(cfg, own, workdir)
+        lock = cache(lambda: held.enter_context(open_alone(own / LOCK)))
+        if (own / LOCK).is_file():
+            lock()  # at once, since the model may not fit beside the other run's
+        while True:
+            try:
+                return _run_training(cfg, own, workdir, lock)
+            except Damaged as error:
+                print(f"{error}; going on from the one before", file=sys.stderr)
 
 
-def _run_training(cfg: Any, workdir: Path, shared: Path) -> dict[str, Any]:
-    """`workdir` is for the files of this process, `shared` for the checkpoints, which all processes write together."""
+def _run_training(cfg: Any, workdir: Path, shared: Path, lock: Callable[[], Any]) -> dict[str, Any]:
+    """`workdir` is for the files of this process, `shared` for the checkpoints, which all processes write together;
+    `lock` keeps other runs out of it."""
     mesh = sharding.make_mesh(cfg.mesh)
     steps.check_rows(cfg, mesh)
     model = load_model(cfg.model, cfg.seed, steps.needs_forward_mode(cfg), mesh)
@@ -57,8 +68,12 @@ def _run_training(cfg: Any, workdir: Path, shared: Path) -> dict[str, Any]:
     weighted = cfg.num_steps and cfg.weighting.name != "uniform"
     estimator = resolve(cfg, problem_of(), model.config, params, frozen) if weighted else None
     run = phases(cfg, data, weighting, levels, problem_of, estimator, mesh)
-    claim_workdir(workdir, build.record(cfg))
+    make_workdir(workdir)
+    lock()
+    differences = claim_workdir(workdir, build.record(cfg), force=cfg.resume == "force")
     summary_path = workdir / "summary.json"
+    if differences:
+        summary_path.unlink(missing_ok=True)  # of the run as it was
     if summary_path.is_file():
         print(f"{workdir} is finished; its summary:")
         return json.loads(summary_path.read_text(encoding="utf-8"))
@@ -124,7 +139,8 @@ def phases(
 
     def phase_of(name: str, num_steps: int, step: bilevel.Step, datasets: dict[str, Dataset]) -> Phase:
         streams = tuple(build.stream_of(cfg, stream, dataset, share) for stream, dataset in datasets.items())
-        return Phase(name, first_step, num_steps, step, streams, build.shapes_met(cfg, datasets), mesh)
+        shapes, relief = build.shapes_met(cfg, datasets), steps.relief(cfg, name, mesh)
+        return Phase(name, first_step, num_steps, step, streams, shapes, mesh, relief)
 
     for name in SUPERVISED:
         phase, dataset = cfg[name], getattr(data, name)
@@ -155,12 +171,13 @@ def train(
     """
     if cfg.ema_decay is not None:
         state = bilevel.with_ema(state)
-    with closing(Checkpoints(shared, cfg.checkpoints_to_keep)) as checkpoints:
+    with closing(Checkpoints(shared, cfg.checkpoints_to_keep)) as checkpoints, stop_signal() as asked:
+        checkpoints.check_room(state)  # before hours of work
         progress, reached, first_step = checkpoints.latest_progress(), -1, 0
         if progress is None:
             snapshot = Snapshot(state, {"phase": None, "seconds": 0.0})
         else:
-            reached = [phase.name for phase, _ in run].index(progress["phase"])
+            reached = _reached(run, progress, checkpoints)
             first_step = run[reached][0].first_step + progress["next_step"]
             snapshot = _restored(checkpoints, run[reached], Snapshot(state, progress), part)
         num_steps = sum(phase.num_steps for phase, _ in run)
@@ -169,9 +186,26 @@ def train(
                 if position > reached:
                     snapshot = _begin(phase, inner_tx, snapshot, part)
                 if position >= reached:
-                    cadence = Cadence(cfg.log_every, cfg.checkpoint_every)
-                    snapshot = run_phase(phase, snapshot, writer, checkpoints, cadence)
+                    cadence = Cadence(cfg.log_every, cfg.checkpoint_every, cfg.max_skipped)
+                    snapshot = run_phase(phase, snapshot, writer, checkpoints, cadence, asked)
     return snapshot
+
+
+def _reached(run: list[tuple[Phase, Any]], progress: dict[str, Any], checkpoints: Checkpoints) -> int:
+    """Which phase the newest checkpoint is of.
+
+    Raises:
+      InputError: a run that was forced on with another config has no such place.
+    """
+    places = [phase.name for phase, _ in run]
+    folder, name = checkpoints.latest(), progress["phase"]
+    first = run[places.index(name)][0].first_step if name in places else None
+    if first is None or first + progress["next_step"] != int(folder.name):
+        raise InputError(
+            f"{folder}: was saved at step {progress['next_step']} of {name}, which this config does not have there: "
+            "the phases before it cannot change within a run; give another --workdir"
+        )
+    return places.index(name)
 
 
 def _restored(checkpoints: Checkpoints, reached: tuple[Phase, Any], fresh: Snapshot, part: Part) -> Snapshot:
@@ -181,7 +215,8 @@ def _restored(checkpoints: Checkpoints, reached: tuple[Phase, Any], fresh: Snaps
         like = _begin(*reached, fresh, part).state
     template = sharding.shapes(reached[0].mesh, like)
     jax.tree.map(lambda leaf: leaf.delete(), (fresh.state, like))
-    return Snapshot(checkpoints.restore_latest(template), fresh.progress)
+    sums = fresh.progress.pop("sums")
+    return Snapshot(checkpoints.restore_latest(template, sums), fresh.progress)
 
 
 def _begin(phase: Phase, inner_tx: Any, snapshot: Snapshot, part: Part) -> Snapshot:

@@ -11,6 +11,7 @@ weight; the meta-gradient still sees that later weights depend on earlier steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dreamprm_jax.optimizers import norm, widen
+from dreamprm_jax.optimizers import is_finite, norm, widen
 from dreamprm_jax.sharding import APART, ROWS, num_row_shards
 from dreamprm_jax.types import Batch, PyTree, TrainState
 
@@ -318,9 +319,15 @@ def step_record(
 
 
 def advance(problem: Problem, state: TrainState, grads: PyTree) -> tuple[PyTree, TrainState]:
-    """One optimizer step: (params', the whole new state)."""
+    """One optimizer step: (params', the whole new state).
+
+    A gradient that is not finite moves no parameter. The moments of our optimizers keep theirs too; one of the user's
+    own belongs into `optax.apply_if_finite`.
+    """
     updates, opt_state = problem.inner_tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    finite = is_finite(grads)
+    moved = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(partial(jax.lax.select, finite), moved, state.params)
     return params, TrainState(state.step + 1, params, opt_state)
 
 

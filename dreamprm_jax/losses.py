@@ -72,13 +72,16 @@ def soft_label_log_probs(
 def example_losses(label_log_probs: jax.Array, step_mask: jax.Array, reduce: str) -> jax.Array:
     """Cross entropy of each example's step labels, [B] in nats.
 
+    A loss that is not finite has a gradient that is not: a softmax's own would be, and the step would be taken.
+
     Args:
       label_log_probs: [B, S], of `label_log_probs` or `soft_label_log_probs`.
       step_mask: [B, S]; masked steps have no influence, not even through their gradient.
       reduce: "mean" over an example's steps (published code) or "sum" (paper, Eq. 1).
     """
     step_losses = jnp.where(step_mask, -label_log_probs, 0.0)  # [B, S]
-    return jnp.sum(step_losses, axis=-1) if reduce == "sum" else masked_mean(step_losses, step_mask)
+    losses = jnp.sum(step_losses, axis=-1) if reduce == "sum" else masked_mean(step_losses, step_mask)
+    return losses * jnp.where(jnp.isfinite(losses), 1.0, jnp.nan)
 
 
 def step_scores(logits: jax.Array, plus_id: int) -> jax.Array:

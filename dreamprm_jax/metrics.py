@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SKIPPED_FILE = "metrics.jsonl", "skipped_steps.jsonl"
 
 
 def to_json(value: Any) -> Any:
@@ -31,7 +32,10 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`, for what is no text."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a power cut must not leave the new name with nothing in it
     os.replace(temporary, path)
 
 
@@ -47,20 +51,40 @@ def read_json_lines(path: Path) -> list[dict]:
     ]
 
 
+def without_infinities(value: Any) -> Any:
+    """Numbers that are not finite as None, in any nesting: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, none before there is one."""
+    """The lines of metrics.jsonl whose step was applied, none before there is one."""
+    return [row for row in _all_metrics(workdir) if row.get("applied", True)]
+
+
+def _all_metrics(workdir: Path) -> list[dict]:
     path = workdir / METRICS_FILE
     return read_json_lines(path) if path.is_file() else []
 
 
 class MetricsWriter:
-    """Writes each step once: on resuming, lines at or after `first_step` are taken back first."""
+    """Writes each step once: on resuming, lines at or after `first_step` are taken back first.
+
+    Steps that were not applied also have a line in skipped_steps.jsonl (`skipped_path`), which is there once one was.
+    """
 
     def __init__(self, workdir: Path, first_step: int, num_steps: int):
         from tensorboardX import SummaryWriter  # loads PyTorch where that is installed: a second or two
 
-        kept = [row for row in read_metrics(workdir) if row["step"] < first_step]
+        kept = [row for row in _all_metrics(workdir) if row["step"] < first_step]
         write_json_lines(workdir / METRICS_FILE, kept)
+        self.skipped_path = workdir / SKIPPED_FILE
+        if self.skipped_path.is_file():
+            skipped = [row for row in read_json_lines(self.skipped_path) if row["step"] < first_step]
+            write_json_lines(self.skipped_path, skipped)
         self._lines = (workdir / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
@@ -76,14 +100,24 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """One flushed line, and the row's plain numbers to TensorBoard."""
-        row = to_json(row)
+        row = without_infinities(to_json(row))
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
         for name, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
                 self._board.add_scalar(f"{row['phase']}/{name}", value, row["step"])
-        if "instance_weights" in row:
+        if "instance_weights" in row and row.get("applied", True):
             self._board.add_histogram("instance_weights", np.asarray(row["instance_weights"]), row["step"])
+
+    def write_skipped(self, row: dict[str, Any]) -> None:
+        """A step that was not applied: one flushed line, and a word on stderr."""
+        with self.skipped_path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        self._bar.write(f"not applied, since not finite: {row}", file=sys.stderr)
+
+    def sync(self) -> None:
+        """Waits until the disk has all lines."""
+        os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Flushes and closes everything."""

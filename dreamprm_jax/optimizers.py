@@ -77,6 +77,11 @@ def norm(tree: Any) -> jax.Array:
     return optax.tree.norm(widen(tree))
 
 
+def is_finite(tree: Any) -> jax.Array:
+    """Whether all entries are finite, bool []; told by the norm, so entries whose squares overflow are not."""
+    return jnp.isfinite(jax.lax.stop_gradient(norm(tree)))
+
+
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """sqrt with derivative 0 at 0, where the true one is infinite.
 
@@ -130,8 +135,10 @@ def _no_moments(params: Any, moment_dtype: str | None) -> optax.ScaleByAdamState
 
 def _moments(
     state: optax.ScaleByAdamState, grads: Any, b1: float, b2: float, moment_dtype: str | None
-) -> tuple[Any, Any]:
-    """Adam's next moments, computed in float32 at least and rounded once to the type they are kept in.
+) -> tuple[jax.Array, Any, Any]:
+    """Adam's next count and moments, computed in float32 at least and rounded once to the type they are kept in.
+
+    A gradient that is not finite leaves all three as they are.
 
     A second moment that moves by 1/1000 a step would stand still in bfloat16, whose numbers are 1/128 to 1/256 apart.
     Where that type is asked for it is rounded at random, by bits that are a function of the step's number: on average
@@ -139,19 +146,22 @@ def _moments(
     For the derivative either rounding is the identity.
     """
 
+    finite = is_finite(grads)
+    count = state.count + finite
+
     def mix(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
-        return decay * widen(old) + (1 - decay) * new
+        return jax.lax.select(finite, decay * widen(old) + (1 - decay) * new, widen(old))
 
     mu = jax.tree.map(lambda m, g: mix(m, widen(g), b1).astype(m.dtype), state.mu, grads)
     nu = jax.tree.map(lambda v, g: mix(v, jnp.square(widen(g)), b2), state.nu, grads)
     if moment_dtype != "bfloat16":
-        return mu, jax.tree.map(lambda new, old: new.astype(old.dtype), nu, state.nu)
+        return count, mu, jax.tree.map(lambda new, old: new.astype(old.dtype), nu, state.nu)
     leaves, tree = jax.tree.flatten(nu)
     rounded = [
         round_at_random(leaf.astype(jnp.float32), _bits(leaf.shape, state.count, number))
         for number, leaf in enumerate(leaves)
     ]
-    return mu, tree.unflatten(rounded)
+    return count, mu, tree.unflatten(rounded)
 
 
 def scale_by_adam_meta_safe(
@@ -164,8 +174,7 @@ def scale_by_adam_meta_safe(
     """
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        count = state.count + 1
-        mu, nu = _moments(state, grads, b1, b2, moment_dtype)
+        count, mu, nu = _moments(state, grads, b1, b2, moment_dtype)
         correction1 = 1 - b1 ** count.astype(jnp.float32)
         correction2 = 1 - b2 ** count.astype(jnp.float32)
 
@@ -239,8 +248,8 @@ def hf_adamw(
     """
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
-        rate, count = learning_rate(state.count), state.count + 1
-        mu, nu = _moments(state, grads, b1, b2, moment_dtype)
+        rate = learning_rate(state.count)
+        count, mu, nu = _moments(state, grads, b1, b2, moment_dtype)
         size = rate * jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
 
         @jax.checkpoint  # as in scale_by_adam_meta_safe

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,25 @@ class Programs:
           Exception: what the compilation of this program, or of one that a later step needs, has raised; a note names
             the shapes.
         """
+        program = self._program(state, batches)
+        if self._error is not None:
+            raise self._error
+        return program.result()(state, *batches)
+
+    def are_ready(self, state: PyTree, batches: Sequence[Batch], seconds: float) -> bool:
+        """Whether a call would go ahead at once, or fail at once; waits for that so long at most."""
+        program = self._program(state, batches)
+        wait([program], timeout=0 if self._error is not None else seconds)
+        return self._error is not None or program.done()
+
+    def _program(self, state: PyTree, batches: Sequence[Batch]) -> Future:
         needed = tuple(map(shape_of, batches))
         if self._like is None:
             self._began = time.perf_counter()
             self._like = jax.tree.map(_placed_like, (state, *batches))
             self._submit(needed)
             threading.Thread(target=self._submit_upcoming, name="upcoming", daemon=True).start()
-        if self._error is not None:
-            raise self._error
-        return self._submit(needed).result()(state, *batches)
+        return self._submit(needed)
 
     def close(self) -> None:
         """Lets go what nobody will need, and waits for nothing: a compilation that has begun goes on to its end."""
@@ -102,8 +113,7 @@ class Programs:
         try:
             program = self._step.lower(state, *map(_resized, batches, shapes)).compile()
         except Exception as error:
-            padded = ", ".join(f"{shape.tokens} tokens and {shape.tiles} tiles" for shape in shapes)
-            error.add_note(f"while {self._name} was compiled for batches of rows of {padded}")
+            error.add_note(f"while {self._name} was compiled for batches of rows of {_told(shapes)}")
             self._error = self._error or error
             raise
         self._tell()
@@ -121,6 +131,29 @@ class Programs:
                 self._bar = tqdm(desc=told, bar_format="{desc}", dynamic_ncols=True, file=sys.stderr, leave=False)
             else:
                 self._bar.set_description_str(told)
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a program needs more memory than its device has."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def needed_memory(error: jax.errors.JaxRuntimeError, name: str, batches: Sequence[Batch]) -> str:
+    """What of phase `name` did not fit: the shapes, and the device's own figures."""
+    notes = getattr(error, "__notes__", None)  # of a compilation, which may have been of other shapes than these
+    sizes = " and ".join(str(batch.tokens.shape[-2]) for batch in batches)
+    where = notes[0] if notes else f"{name}, batches of {sizes} rows of {_told(tuple(map(shape_of, batches)))}"
+    amount = re.search(r"allocate (\S+ ?\w*)", str(error))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return f"{where}: the device's memory does not suffice" + (
+        f" (asked for {amount[1].rstrip('.')}" + (f", it has {limit / 2**30:.1f} GiB)" if limit else ")")
+        if amount
+        else ""
+    )
+
+
+def _told(shapes: tuple[Shape, ...]) -> str:
+    return ", ".join(f"{shape.tokens} tokens and {shape.tiles} tiles" for shape in shapes)
 
 
 def shape_of(batch: Batch) -> Shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -36,7 +37,8 @@ def instance_weights(
     """The lines of instance_weights.jsonl: every usable training row with its weight and how often it was drawn.
 
     The weight is the one that would be applied now; a net's is that of the row's last visit, null before the first.
-    Where the truth is known, each line has it, and the row's loss under the trained model beside it.
+    Where the truth is known, each line has it, and the row's loss under the trained model beside it, null where that is
+    not finite.
     """
     num_rows = len(data.train)
     if cfg.weighting.name == "net":
@@ -55,7 +57,8 @@ def instance_weights(
         return lines
     losses = training_losses(cfg, model, data.train)
     truth = [{"dataset": row.dataset, "corrupted": row.corrupted} for row in data.train.examples]
-    return [{**line, **known, "loss": loss} for line, known, loss in zip(lines, truth, losses.tolist(), strict=True)]
+    known_losses = [loss if math.isfinite(loss) else None for loss in losses.tolist()]
+    return [{**line, **known, "loss": loss} for line, known, loss in zip(lines, truth, known_losses, strict=True)]
 
 
 def diagnostics(workdir: Path, weights: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -94,6 +94,21 @@ def check_rows(cfg: Any, mesh: Mesh | None) -> None:
             )
 
 
+def relief(cfg: Any, phase: str, mesh: Mesh | None) -> str:
+    """What to set so that a phase takes less of a device's memory, of what is not set so yet; the cheapest first."""
+    shards, supervised = sharding.num_row_shards(mesh), phase in SUPERVISED
+    rows = {"micro_batch_size": cfg[phase].batch_size if supervised else cfg.batch_size}
+    if phase == "bilevel":
+        rows["meta_micro_batch_size"] = cfg.meta_batch_size
+    found = [f"{name}=1" for name, size in rows.items() if (cfg[name] or size // shards) > 1]
+    wanted = {"remat": "full", "moment_dtype": "bfloat16", "trained": "language"}
+    found += [f"model.{name}={value}" for name, value in wanted.items() if cfg.model[name] != value]
+    found += [f"images.max_tiles={cfg.images.max_tiles // 2}"] if cfg.images.max_tiles > 1 else []
+    return "lower what it takes with one of " + ", ".join(
+        f"--config.{each}" for each in (*found, "mesh.fsdp=2 (devices)")
+    )
+
+
 def clip_of_weighted(cfg: Any) -> float | None:
     """The clip of the weighted gradient, which is the optimizer's; one per example is the problem's."""
     return cfg.inner.clip_norm if cfg.inner.clip_place == "after" else None
@@ -215,6 +230,7 @@ def weighted_step(
         before, problem = state, problem_of(state.frozen)
         state, metrics = bilevel.bilevel_step(problem, estimate, rates.meta_tx, weights, state, batch, meta_batch)
         count = before.train.step
+        metrics |= {"meta_example_id": meta_batch.example_id, "meta_example_mask": meta_batch.example_mask}
         metrics |= {"lr": rates.inner_rate(count), "meta_lr": rates.meta_rate(count // cfg.num_inner_steps)}
         if cfg.identity_cosine_every:
             due = (count // cfg.num_inner_steps) % cfg.identity_cosine_every == 0

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dreamprm_jax.bilevel import Step
 from dreamprm_jax.checkpoint import Checkpoints, Snapshot
 from dreamprm_jax.data.shapes import Shape
-from dreamprm_jax.errors import InputError
+from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.metrics import MetricsWriter
-from dreamprm_jax.programs import Programs
+from dreamprm_jax.programs import Programs, is_out_of_memory, needed_memory
 from dreamprm_jax.sharding import place_rows
 from dreamprm_jax.types import Batch
 
@@ -29,7 +32,10 @@ AHEAD = 2
 """Steps that are dispatched before one is waited for: a device always has the next one, also while the host writes."""
 
 _LOSSES = ("inner_loss", "meta_loss")
-_ROWS = ("example_id", "example_mask")
+_FINITE = (*_LOSSES, "grad_norm", "meta_grad_norm")
+"""What says whether a step was applied: a level whose loss or gradient is not finite moves nothing (`inner.advance`,
+`bilevel.outer_step`)."""
+_ROWS = ("example_id", "example_mask", "meta_example_id", "meta_example_mask")
 
 
 class Phase(NamedTuple):
@@ -42,6 +48,7 @@ class Phase(NamedTuple):
     streams: tuple[OpenStream, ...]  # one batch of each goes into every step
     shapes_from: Callable[[int], Iterator[tuple[Shape, ...]]]  # number of a step -> what those batches are padded to
     mesh: Mesh | None = None  # of the step's devices; None: one
+    relief: str = ""  # the settings that make it take less of a device's memory
 
 
 class Cadence(NamedTuple):
@@ -49,38 +56,105 @@ class Cadence(NamedTuple):
 
     log_every: int
     checkpoint_every: int
+    max_skipped: int = 3  # steps in a row that were not applied: so many end the run
 
 
 class _Pending(NamedTuple):
-    """A step that was dispatched but not yet waited for."""
+    """A step that was sent off but not yet waited for."""
 
     step: int
     metrics: dict[str, jax.Array]  # what will be read of them
 
 
 def run_phase(
-    phase: Phase, snapshot: Snapshot, writer: MetricsWriter, checkpoints: Checkpoints, cadence: Cadence
+    phase: Phase,
+    snapshot: Snapshot,
+    writer: MetricsWriter,
+    checkpoints: Checkpoints,
+    cadence: Cadence,
+    asked: Callable[[], int] = lambda: 0,
 ) -> Snapshot:
     """Runs a phase from where `snapshot.progress` stands to its end, and saves the end.
 
+    `asked`: which signal has asked the run to end, 0 while none has (`stop_signal`).
+
     Raises:
-      InputError: the loss is no longer finite; nothing of that step is saved.
+      InputError: too many steps in a row had a loss or a gradient that is not finite; the device's memory or the disk
+        does not suffice. What was saved stays.
+      Stopped: a signal asked for it; the run is saved up to its last step.
     """
     start, state = snapshot.progress["next_step"], snapshot.state
     began = time.perf_counter() - snapshot.progress["seconds"]
-    logger = _Logger(phase, writer, cadence.log_every)
+    logger = _Logger(phase, writer, checkpoints, cadence)
     programs = Programs(phase.name, phase.step, phase.shapes_from(start))
+
+    def save(done: int, state: Any) -> Snapshot:
+        seconds = time.perf_counter() - began  # of the whole run, over all its restarts
+        snapshot = Snapshot(state, {"phase": phase.name, "next_step": done, "seconds": seconds})
+        checkpoints.save(phase.first_step + done, snapshot)
+        return snapshot
+
     with closing(programs), closing(_placed_batches(phase, start)) as upcoming:
         for step in range(start, phase.num_steps):
-            state, metrics = programs(state, *next(upcoming))
-            logger.push(step, metrics)
-            done = step + 1
-            if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
-                logger.flush()  # every line up to a checkpoint is on disk before it, and its loss is finite
-                seconds = time.perf_counter() - began  # of the whole run, over all its restarts
-                snapshot = Snapshot(state, {"phase": phase.name, "next_step": done, "seconds": seconds})
-                checkpoints.save(phase.first_step + done, snapshot)
+            batches = next(upcoming)
+            while not (asked() or programs.are_ready(state, batches, seconds=0.5)):
+                pass  # a program may take minutes to compile, and a grace time is shorter
+            if _stops(phase, step, asked):
+                logger.flush()
+                if step > start:
+                    save(step, state)
+                raise Stopped(asked() or signal.SIGTERM, f"the run is saved up to step {phase.first_step + step}")
+            try:
+                state, metrics = programs(state, *batches)
+                logger.push(step, metrics)
+                done = step + 1
+                if done % cadence.checkpoint_every == 0 or done == phase.num_steps:
+                    logger.flush()  # every line up to a checkpoint is on disk before it
+                    # While steps are skipped the parameters are in doubt: they displace no checkpoint of good ones.
+                    if not logger.num_skipped or done == phase.num_steps:
+                        snapshot = save(done, state)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InputError(
+                    f"step {phase.first_step + step}: {needed_memory(error, phase.name, batches)}; "
+                    f"{phase.relief}. The same command goes on from the last checkpoint"
+                ) from error
+    if asked():
+        raise Stopped(asked(), f"the run is saved up to step {phase.first_step + phase.num_steps}")
     return snapshot
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], int]]:
+    """What says which signal has asked the run to end; 0: none has.
+
+    SIGTERM (a scheduler takes the machine back) and SIGINT let the step end and save; a second one acts at once. Where
+    several processes share a run, JAX itself listens to SIGTERM (`_stops`).
+    """
+    found: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # handlers are the main thread's
+        return
+
+    def note(number: int, _: Any) -> None:
+        found.append(number)
+        signal.signal(number, before[number])
+
+    alone = jax.process_count() == 1
+    before = {number: signal.signal(number, note) for number in ((signal.SIGTERM, signal.SIGINT) if alone else ())}
+    try:
+        yield lambda: found[0] if found else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stops(phase: Phase, step: int, asked: Callable[[], int]) -> bool:
+    """Whether the run ends before this step; of several processes, all of them before the same one."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(phase.first_step + step)
+    return bool(asked())
 
 
 def _placed_batches(phase: Phase, start: int) -> Iterator[list[Batch]]:
@@ -100,17 +174,18 @@ def _placed_batches(phase: Phase, start: int) -> Iterator[list[Batch]]:
 
 
 class _Logger:
-    """Writes each step's line once `AHEAD` later steps are on their way."""
+    """Writes each step's line once `AHEAD` later steps are on their way; counts the steps that were not applied."""
 
-    def __init__(self, phase: Phase, writer: MetricsWriter, log_every: int):
-        self._phase, self._writer, self._log_every = phase, writer, log_every
+    def __init__(self, phase: Phase, writer: MetricsWriter, checkpoints: Checkpoints, cadence: Cadence):
+        self._phase, self._writer, self._checkpoints, self._cadence = phase, writer, checkpoints, cadence
         self._pending: deque[_Pending] = deque()
+        self.num_skipped = 0  # in a row, up to now
         self._clock = time.perf_counter()
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes up a step that was dispatched: its figures begin their way to the host as soon as they are known."""
-        logged = step % self._log_every == 0
-        wanted = metrics if logged else {name: metrics[name] for name in (*_LOSSES, *_ROWS) if name in metrics}
+        """Takes up a step that was sent off: its figures begin their way to the host as soon as they are known."""
+        logged = step % self._cadence.log_every == 0
+        wanted = metrics if logged else {name: metrics[name] for name in (*_FINITE, *_ROWS) if name in metrics}
         for leaf in jax.tree.leaves(wanted):
             leaf.copy_to_host_async()
         self._pending.append(_Pending(step, wanted))
@@ -118,33 +193,49 @@ class _Logger:
             self._fetch()
 
     def flush(self) -> None:
-        """Waits for every step."""
+        """Waits for every step, and for the disk to have its line."""
         while self._pending:
             self._fetch()
+        self._writer.sync()
 
     def _fetch(self) -> None:
         step, metrics = self._pending.popleft()
         metrics = jax.device_get(metrics)
-        losses = {name: float(metrics[name]) for name in _LOSSES if name in metrics}
-        self._check_finite(step, losses, metrics)
+        told = {name: float(metrics[name]) for name in _FINITE if name in metrics}
+        is_applied = all(np.isfinite(list(told.values())))
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        self._writer.advance(self._phase.name, losses)
-        if step % self._log_every == 0:
-            line = _line(self._phase, step, metrics)
+        self._writer.advance(self._phase.name, {name: told[name] for name in _LOSSES if name in told})
+        skipped = None if is_applied else self._skipped(step, told, metrics)
+        if step % self._cadence.log_every == 0:
+            line = {**_line(self._phase, step, metrics), **({} if is_applied else {"applied": False})}
             self._writer.write({**line, "examples_per_second": round(len(line["example_ids"]) / seconds, 3)})
-
-    def _check_finite(self, step: int, losses: dict[str, float], metrics: dict[str, Any]) -> None:
-        if not all(np.isfinite(list(losses.values()))):
-            rows = metrics["example_id"][metrics["example_mask"]].tolist()
+        self.num_skipped = 0 if is_applied else self.num_skipped + 1
+        if skipped is not None:
+            self._writer.write_skipped(skipped)
+        if self.num_skipped >= self._cadence.max_skipped:
+            last = self._checkpoints.latest()
             raise InputError(
-                f"step {step} of {self._phase.name}: the loss is {losses} on rows {rows}; lower inner.lr (or "
-                "cold_start.lr) or set inner.clip_norm. Checkpoints and metrics up to the last save are kept"
+                f"{self._writer.skipped_path}: steps up to {skipped['step']} ({self._phase.name}) had a loss or a "
+                f"gradient that is not finite, {self.num_skipped} in a row, and were not applied; the last is "
+                f"{skipped}. Lower inner.lr (or cold_start.lr), set inner.clip_norm, or look at those rows; "
+                + (f"the last good checkpoint is {last}" if last else "there is no checkpoint yet")
             )
+
+    def _skipped(self, step: int, told: dict[str, float], metrics: dict[str, Any]) -> dict[str, Any]:
+        """A line of skipped_steps.jsonl: which figures are not finite, and the rows of both batches."""
+        rows = {
+            name.replace("example_id", "example_ids"): metrics[name][metrics[name.replace("_id", "_mask")]].tolist()
+            for name in ("example_id", "meta_example_id")
+            if name in metrics
+        }
+        figures = {name: str(value) for name, value in told.items() if not np.isfinite(value)}
+        return {"step": self._phase.first_step + step, "phase": self._phase.name, "figures": figures, **rows}
 
 
 def _line(phase: Phase, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """One line of metrics.jsonl; `step` counts over the whole run."""
     real = metrics.pop("example_mask")
+    metrics = {name: value for name, value in metrics.items() if name not in _ROWS or name == "example_id"}
     example_ids = metrics.pop("example_id")[real].tolist()
     line = {"step": phase.first_step + step, "phase": phase.name, "example_ids": example_ids, **metrics}
     if "instance_weights" in line:

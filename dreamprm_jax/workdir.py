@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,23 @@ from typing import IO, Any
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
 
+LOCK = "run.lock"
+"""The file that the run at work in a workdir holds (`open_alone`)."""
 
-def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True) -> None:
+
+def make_workdir(workdir: Path) -> None:
+    """Creates it where it does not exist.
+
+    Raises:
+      InputError: it cannot be created.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
+
+
+def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True, force: bool = False) -> list[str]:
     """Makes `workdir` this run's own, or checks that it already is: config.json holds `record`.
 
     Args:
@@ -23,24 +39,43 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
       record: the config, and a fingerprint of each data file.
       resumes: False for a task that keeps nothing to go on from; it may follow itself with another config,
         and only a workdir of another task is refused.
+      force: go on with another config or other data, told on stderr; the record keeps what it was.
+
+    Returns:
+      What has changed by force, such as "config.inner.lr: 5e-05, now 1e-05".
 
     Raises:
       InputError: the workdir belongs to a run with another config or other data (names the first difference), holds
         a config.json that no run wrote, or cannot be written.
     """
     path = workdir / "config.json"
-    record = json.loads(json.dumps(record))
+    record, differences = json.loads(json.dumps(record)), []
     if path.is_file():
         old = _read_record(path)
         new = record if resumes else {**old, "config": {**old["config"], "task": record["config"]["task"]}}
-        difference = _first_difference(old, new)
-        if difference:
-            raise InputError(f"{path}: {difference}; give another --workdir, or remove this one to start over")
+        differences = list(_differences({name: old[name] for name in ("config", "data")}, new))
+        same_task = old["config"].get("task") == record["config"]["task"]
+        if differences and not (force and same_task):
+            name, was, now = differences[0]
+            hint = "" if not (resumes and same_task) else ", or go on all the same with --config.resume=force"
+            raise InputError(
+                f"{path}: was begun with {name}={was}, now {name}={now}"
+                + (f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else "")
+                + f"; give another --workdir, or remove this one to start over{hint}"
+            )
+        record["forced"] = old.get("forced", [])
+    told = [f"{name}: {was}, now {now}" for name, was, now in differences if resumes]
+    if told:
+        record["forced"].append(told)
+        print(f"{path}: going on by --config.resume=force with {'; '.join(told)}", file=sys.stderr)
+    if not record.get("forced"):
+        record.pop("forced", None)
+    make_workdir(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(record, indent=2))
     except OSError as error:
         raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
+    return told
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -53,14 +88,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     raise InputError(f"{path}: is not the record of a run; give another --workdir")
 
 
-def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
-        return None
-    return None if old == new else f"was begun with {name}={old}, now {name}={new}"
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
 
 
 def check_output(output: Path, input_path: str) -> None:

@@ -246,7 +246,7 @@ def test_the_way_back_through_adam_starts_from_its_moments(make):
         lambda grads: jax.vjp(lambda grads: tx.update(grads, tx.init(params), params)[0], grads)[1], params
     )
     kept = sum(leaf.size for leaf in jax.tree.leaves(back))
-    assert kept <= 4.1 * 1000
+    assert kept <= 5.1 * 1000  # with two of zeros, which a compiler does not keep
 
 
 def second_moments(moment_dtype, num_steps, make=optimizers.scale_by_adam_meta_safe):

@@ -9,6 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_run import small
 
 from configs import domain, net, score, table
 from dreamprm_jax import bilevel, build, experiment, train, weighting
@@ -17,19 +18,9 @@ from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 
-SIZES = {
-    "pretrain": 16, "cold_start": 16, "clean": 8, "flipped": 8, "always_plus": 4, "trivial": 4, "shifted": 0,
-    "meta_questions": 4, "test_questions": 6,
-}  # fmt: skip
-
 
 def small_config(get_config=table.get_config):
-    cfg = get_config()
-    cfg.noisy_steps.update({name: size for name, size in SIZES.items() if name in cfg.noisy_steps})
-    cfg.pretrain.num_steps, cfg.cold_start.num_steps, cfg.num_steps, cfg.checkpoint_every = 1, 2, 7, 2
-    cfg.batch_size = cfg.meta_batch_size = cfg.cold_start.batch_size = cfg.pretrain.batch_size = 4
-    cfg.log_meta_grad, cfg.inner.clip_norm = True, 5.0  # a clip that the cold start does not have
-    return cfg
+    return small(get_config())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +51,7 @@ def test_a_run_leaves_every_file(finished):
     assert names == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "instance_weights.jsonl",
         "test_scores.jsonl",
-        "meta_params.safetensors", "summary.json", "report.html",
+        "meta_params.safetensors", "summary.json", "report.html", "run.lock",
     }  # fmt: skip
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert (summary["weighting"], summary["recipe"]) == ("table", "corrected")
@@ -172,15 +163,6 @@ def test_a_workdir_is_a_checkpoint(finished):
     assert sum(moved) > len(moved) // 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):
-    cfg = small_config()
-    cfg.inner.lr = 1e30
-    with pytest.raises(InputError, match="of bilevel: the loss is .* on rows .* lower inner.lr"):
-        run_training(cfg, tmp_path / "run")
-    assert [row["step"] for row in lines(tmp_path / "run")][:3] == [0, 1, 2]
-    assert (tmp_path / "run/checkpoints/3").is_dir()
-
-
 def test_report_is_one_page_with_pictures_and_no_links(finished):
     page = (finished[0] / "report.html").read_text()
     figures, pictured = page.split("<h2>Rows of highest weight</h2>")
@@ -277,12 +259,13 @@ def test_a_resumed_run_frees_the_fresh_state_before_it_reads_the_saved_one():
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
 
     class Saved:
-        def restore_latest(self, template):
+        def restore_latest(self, template, sums):
+            assert sums == {"leaf": 1}
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
             assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(template))
             return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), template)
 
     phase = train.Phase("bilevel", 0, 1, None, (), None)
-    fresh = experiment.Snapshot(state, {"phase": "bilevel", "next_step": 1})
+    fresh = experiment.Snapshot(state, {"phase": "bilevel", "next_step": 1, "sums": {"leaf": 1}})
     found = experiment._restored(Saved(), (phase, tx), fresh, lambda params: (params, {}))
     assert found == experiment.Snapshot(shapes, fresh.progress)
