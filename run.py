@@ -173,6 +173,10 @@ def device_task(cfg):
         from dreamprm_jax.scoring import run_scoring
 
         return run_scoring
+    if cfg.task == "export":
+        from dreamprm_jax.export import run_export
+
+        return run_export
     if cfg.task == "evaluate":
         from dreamprm_jax.evaluate import run_evaluation
 

@@ -13,7 +13,7 @@ from dreamprm_jax.types import SUPERVISED
 def get_config() -> config_dict.ConfigDict:
     """All fields of every task, at their defaults."""
     cfg = config_dict.ConfigDict()
-    cfg.task = "train"  # train | score | evaluate | compare | prepare | generate
+    cfg.task = "train"  # train | score | evaluate | compare | prepare | generate | export
     cfg.recipe = "corrected"  # which reading of the method the values follow: published | paper | corrected
     cfg.seed = 0  # data order, embedded benchmark and fresh parameters
 
@@ -21,7 +21,8 @@ def get_config() -> config_dict.ConfigDict:
     # A directory with config.json and *.safetensors (either InternVL layout), a Hub id ("org/name" or
     # "org/name@revision"), or a workdir of ours. None: the embedded benchmark's tiny model.
     cfg.model.checkpoint = config_dict.placeholder(str)
-    cfg.model.tokenizer = config_dict.placeholder(str)  # directory with tokenizer.json; None: beside the weights
+    # A directory with tokenizer.json, or a Hub id that has one; None: beside the weights
+    cfg.model.tokenizer = config_dict.placeholder(str)
     cfg.model.param_dtype = "float32"  # of the trained parameters: float32 | bfloat16; adapters are float32 either way
     # Of the inner level's moments: float32 | bfloat16 (the second one rounded at random). None: as the parameters
     cfg.model.moment_dtype = config_dict.placeholder(str)
@@ -170,7 +171,8 @@ def get_config() -> config_dict.ConfigDict:
     # Chains to score (.json, .jsonl), or questions to answer (.json, .jsonl, .parquet or a prepared directory)
     cfg.input.path = config_dict.placeholder(str)
     cfg.input.images = config_dict.placeholder(str)  # image root; None: the file's own directory
-    # Scores or candidates, JSON lines; None: scores.jsonl or candidates.jsonl in the workdir
+    # Scores or candidates, JSON lines; None: scores.jsonl or candidates.jsonl in the workdir. task=export: the
+    # directory; None: the workdir
     cfg.output = config_dict.placeholder(str)
     cfg.score = config_dict.ConfigDict()
     cfg.score.history = "plus"  # labels in the context: plus (every "+", as at selection time) | given (the file's)
@@ -248,6 +250,18 @@ def get_config() -> config_dict.ConfigDict:
     cfg.prepare.soft_labels = True  # visualprm400k: also keep the share itself
     cfg.prepare.splitter = "whole_numbers"  # mmmu_pro, a response's steps: whole_numbers | published
     cfg.prepare.processes = 0  # side by side; 0: as many as cores
+
+    cfg.export = config_dict.ConfigDict()  # task=export: model.checkpoint -> a directory that others load
+    # Names of the tensors, form of config.json: hf (transformers' own InternVL) | original (OpenGVLab's)
+    cfg.export.layout = "hf"
+    cfg.export.dtype = "bfloat16"  # of the tensors: bfloat16 (rounded once; as the published weights) | float32
+    cfg.export.max_shard_gb = 5.0  # 10^9 bytes; larger weights are several files and an index, > 0
+    # What a run does not know, for the model card; None: left out. The license as the Hub spells it
+    cfg.export.license = config_dict.placeholder(str)
+    cfg.export.base_model = config_dict.placeholder(str)  # None: the Hub id that the run started from, if it did
+    cfg.export.datasets = config_dict.placeholder(str)  # Hub ids, with commas between them
+    cfg.export.repo = config_dict.placeholder(str)  # upload to this Hub repository, "org/name"; None: do not
+    cfg.export.private = True  # only a private repository is uploaded to, and a new one is made so
     return cfg
 
 

@@ -29,6 +29,13 @@ def _some_of(values: tuple[str, ...]):
     return (lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(values)), permitted
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def _hub_id():
+    return (lambda value: value is None or HUB_ID.fullmatch(value) is not None), "a Hub id, org/name"
+
+
 FEATURES = ("loss", "prob", "label", "label_probs", "hidden", "relative_loss", "relative_prob")
 ACTIVATIONS = {
     "table": ("projected", "clip", "softplus", "sigmoid"),
@@ -36,7 +43,7 @@ ACTIVATIONS = {
 }
 
 CHECKS = {
-    "task": _one_of("train", "score", "evaluate", "compare", "prepare", "generate"),
+    "task": _one_of("train", "score", "evaluate", "compare", "prepare", "generate", "export"),
     "seed": _at_least(0),
     "data.source": _one_of("files", "embedded"),
     "data.on_error": _one_of("raise", "skip"),
@@ -142,6 +149,18 @@ CHECKS = {
     "prepare.threshold": ((lambda value: 0 <= value < 1), "at least 0 and below 1"),
     "prepare.splitter": _one_of("whole_numbers", "published"),
     "prepare.processes": _at_least(0),
+    "export.layout": _one_of("hf", "original"),
+    "export.dtype": _one_of("bfloat16", "float32"),
+    "export.max_shard_gb": _above(0),
+    **{f"export.{field}": _hub_id() for field in ("base_model", "repo")},
+    "export.datasets": (
+        lambda value: value is None or all(HUB_ID.fullmatch(name) for name in value.split(",")),
+        "Hub ids, org/name, with commas between them",
+    ),
+    "export.license": (
+        lambda value: value is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value) is not None,
+        "as the Hub spells it, such as apache-2.0",
+    ),
 }
 
 

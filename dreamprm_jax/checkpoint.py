@@ -257,7 +257,8 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
 
     Args:
       cfg: `checkpoint` is a directory in either InternVL layout, a Hub id, a workdir of ours, or None for a
-        fresh tiny model with the embedded benchmark's tokenizer.
+        fresh tiny model with the embedded benchmark's tokenizer; `tokenizer` a directory or a Hub id, where it is not
+        beside the weights.
       seed: of fresh parameters.
       forward_mode: whether the model will be pushed forward or differentiated twice: what `attention=auto` may take.
       mesh: devices that it is divided among; None: one.
@@ -273,10 +274,12 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
         params = internvl.init(config, jax.random.key(seed, impl="rbg"))
     elif (Path(cfg.checkpoint) / CHECKPOINTS).is_dir():
         config, params = load_workdir(Path(cfg.checkpoint), mesh)
-        tokenizer = load_tokenizer(cfg.tokenizer or Path(cfg.checkpoint) / MODEL)
+        tokenizer = load_tokenizer(_tokenizer_directory(cfg.tokenizer) or Path(cfg.checkpoint) / MODEL)
     else:
+        if (Path(cfg.checkpoint) / "config.json").is_file():
+            _refuse_unsaved_run(Path(cfg.checkpoint))
         directory = convert.checkpoint_directory(cfg.checkpoint)
-        tokenizer = load_tokenizer(cfg.tokenizer or directory)
+        tokenizer = load_tokenizer(_tokenizer_directory(cfg.tokenizer) or directory)
         config, params = convert.load_checkpoint(directory)
     if tokenizer.vocab_size > config.language.vocab_size:
         raise InputError(
@@ -296,6 +299,20 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
     if cfg.checkpoint is not None:  # before it is on the device; a fresh model is trained as a whole first
         params = trained.as_kept(params, cfg.trained, cfg.compute_dtype)
     return Model(config, sharding.place(mesh, params), tokenizer)
+
+
+def _tokenizer_directory(source: str | Path | None) -> Path | None:
+    """Where `model.tokenizer` lies; a Hub id's tokenizer.json is downloaded, and nothing else of it."""
+    return None if source is None else convert.checkpoint_directory(source, ("tokenizer.json",))
+
+
+def _refuse_unsaved_run(directory: Path) -> None:
+    """Raises an InputError where a directory is a workdir of ours, which holds no checkpoint as yet."""
+    if {"config", "data"} <= config_json.read_config_json(directory / "config.json").keys():
+        raise InputError(
+            f"{directory}: a run's workdir without {CHECKPOINTS}/; let the run reach its first save, or give the model "
+            "that it was run with"
+        )
 
 
 def _check_heads(config: presets.InternVLConfig, mesh: Mesh | None) -> None:
@@ -335,20 +352,8 @@ def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.Inter
       InputError: no finished checkpoint in it, or the newest is damaged.
     """
     config = config_json.config_from_json(workdir / MODEL / "config.json")
-    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
-        try:
-            return config, _scoring_params(manager, step, mesh)
-        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
-            if is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{workdir / CHECKPOINTS / str(step)}: is damaged ({_line_of(error)}); the command of its run sets it "
-                "aside and goes on from the one before"
-            ) from error
+    with _reading(workdir) as (manager, step):
+        return config, _scoring_params(manager, step, mesh)
 
 
 def _scoring_params(manager: ocp.CheckpointManager, step: int, mesh: Mesh | None) -> PyTree:
@@ -362,3 +367,35 @@ def _scoring_params(manager: ocp.CheckpointManager, step: int, mesh: Mesh | None
     arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
     check_sums(arrays, progress["sums"])
     return trained.whole(arrays["ema"] if progress["averaged"] else arrays["train"]["params"], arrays["frozen"])
+
+
+def saved_progress(workdir: Path) -> dict[str, Any]:
+    """What a run's newest checkpoint says of itself: `step` of the run, its `phase`, `next_step` there, `averaged`.
+
+    Raises:
+      InputError: no finished checkpoint in it, or the newest is damaged.
+    """
+    with _reading(workdir) as (manager, step):
+        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        return {name: progress[name] for name in ("phase", "next_step", "averaged")} | {"step": step}
+
+
+@contextmanager
+def _reading(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """The checkpoints of a run that is over or elsewhere, and the newest one's step."""
+    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
+        try:
+            yield manager, step
+        except InputError:
+            raise
+        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{workdir / CHECKPOINTS / str(step)}: is damaged ({_line_of(error)}); the command of its run sets it "
+                "aside and goes on from the one before"
+            ) from error

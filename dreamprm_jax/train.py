@@ -141,8 +141,9 @@ def stop_signal() -> Iterator[Callable[[], int]]:
         found.append(number)
         signal.signal(number, before[number])
 
-    alone = jax.process_count() == 1
-    before = {number: signal.signal(number, note) for number in ((signal.SIGTERM, signal.SIGINT) if alone else ())}
+    heard = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    heard = [number for number in heard if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: found[0] if found else 0
     finally:

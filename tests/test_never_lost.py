@@ -22,6 +22,9 @@ from dreamprm_jax.checkpoint import bit_sums, check_sums, load_workdir
 from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
 
+# A reader that fails leaves the other arrays' readers to the garbage collection, which complains.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 REPOSITORY = Path(__file__).parent.parent
 NUM_STEPS = 43  # of a run by `command`
 
@@ -88,7 +91,7 @@ def arrays(workdir):
 
 
 def board(workdir):
-    """Values of TensorBoard's scalars by (tag, step), as it shows them: a restart purges what comes from its step on."""
+    """Values of TensorBoard's scalars by (tag, step), as it shows them: a restart purges what comes after."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = {}
@@ -170,6 +173,7 @@ def test_a_signal_saves_the_last_step(tmp_path, whole, environment, number):
 
 
 def test_a_second_signal_does_not_wait():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with train.stop_signal() as asked:
         assert not asked()
         signal.raise_signal(signal.SIGINT)
@@ -177,6 +181,11 @@ def test_a_second_signal_does_not_wait():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with train.stop_signal() as asked:  # what started us does not want it heard
+        signal.raise_signal(signal.SIGINT)
+        assert not asked()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_while_a_program_is_compiled_is_heard(monkeypatch, tmp_path):
@@ -234,10 +243,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     newest = workdir / "checkpoints/7"
-    damage(largest(newest) if which == "data" else next((newest / "progress").iterdir()))
-    with pytest.raises(InputError, match=f"{newest}: is damaged") as found:
-        load_workdir(workdir)
-    assert "\n" not in str(found.value)
+    damage(largest(newest) if which == "data" else newest / "progress/metadata")
+    if which == "progress" and damage is not flipped:  # a model's own reader looks at its parameters alone
+        with pytest.raises(InputError, match=f"{newest}: is damaged") as found:
+            load_workdir(workdir)
+        assert "\n" not in str(found.value)
     run_training(small(table.get_config()), workdir)
     assert f"{newest}: is damaged (" in capsys.readouterr().err
     assert (workdir / "damaged/7").is_dir()
@@ -353,7 +363,7 @@ def test_a_disk_that_fills_up_during_a_save_is_named(tmp_path, monkeypatch, erro
         run_training(small(table.get_config()), tmp_path / "run")
 
 
-def test_force_goes_on_with_another_config_and_keeps_the_record(stopped, tmp_path, capsys):
+def test_force_goes_on_with_another_config_and_keeps_the_record(stopped, finished, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     cfg = small(table.get_config())
@@ -369,7 +379,8 @@ def test_force_goes_on_with_another_config_and_keeps_the_record(stopped, tmp_pat
     assert record["config"]["inner"]["lr"] == 1e-5
     rows = lines(workdir)
     assert [row["step"] for row in rows] == list(range(10))
-    assert rows[:7] == lines(stopped)[:7] and rows[7]["lr"] < lines(stopped)[7]["lr"] / 10
+    before = lines(finished)
+    assert without_clocks(rows[:7]) == without_clocks(before[:7]) and rows[7]["lr"] < before[7]["lr"] / 10
     cfg.resume = "same"
     assert run_training(cfg, workdir)["num_steps"] == 7  # finished, and its own again
 
@@ -415,7 +426,8 @@ def test_out_of_device_memory_names_the_shapes_and_the_settings(tmp_path, monkey
 def test_what_a_setting_already_is_is_not_advised():
     cfg = small(table.get_config())
     cfg.micro_batch_size = cfg.meta_micro_batch_size = 1
+    cfg.images.max_tiles = 6
     cfg.model.remat, cfg.model.moment_dtype, cfg.model.trained = "full", "bfloat16", "adapters"
     advice = experiment.steps.relief(cfg, "bilevel", None)
     assert not any(name in advice for name in ("micro_batch", "remat", "moment_dtype"))
-    assert "images.max_tiles" in advice
+    assert "--config.images.max_tiles=3" in advice

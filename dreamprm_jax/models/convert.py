@@ -232,8 +232,8 @@ def load_checkpoint(source: str | Path) -> tuple[InternVLConfig, PyTree]:
     return config, _nest(params)
 
 
-def checkpoint_directory(source: str | Path) -> Path:
-    """A local directory as it is, or that of a Hub id after a download of its *.json and *.safetensors."""
+def checkpoint_directory(source: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
+    """A local directory as it is, or that of a Hub id after a download of its `files`."""
     if Path(source).is_dir():
         return Path(source)
     hub_id = HUB_ID.fullmatch(str(source))
@@ -241,7 +241,7 @@ def checkpoint_directory(source: str | Path) -> Path:
         raise InputError(f"{source}: not a directory, and not a Hub id (org/name or org/name@revision)")
     import huggingface_hub  # here, because a machine that only trains need not have it
 
-    wanted = {"revision": hub_id["revision"], "allow_patterns": ["*.json", "*.safetensors"]}
+    wanted = {"revision": hub_id["revision"], "allow_patterns": list(files)}
     try:
         return Path(huggingface_hub.snapshot_download(hub_id["repo"], **wanted))
     except Exception as error:  # the client raises errors of several libraries
@@ -423,8 +423,11 @@ def save_checkpoint(
     layout: str = "original",
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
+    image_token_id: int = 151_667,
 ) -> None:
     """Write config.json and model.safetensors, or shards with an index above `max_shard_bytes`.
+
+    `image_token_id`: of `<IMG_CONTEXT>` in the model's tokenizer.
 
     What `load_checkpoint` gives back is equal to the bit for float32, and rounded once for bfloat16.
 
@@ -452,7 +455,7 @@ def save_checkpoint(
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (directory / "config.json").write_text(config_to_json(config, layout, dtype))
+    (directory / "config.json").write_text(config_to_json(config, layout, dtype, image_token_id))
 
 
 def _plan_shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
