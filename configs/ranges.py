@@ -175,7 +175,7 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         for part in field.split("."):
             value = value[part]
         if not is_valid(value):
-            raise ValueError(f"--config.{field}={value}: must be {permitted}")
+            raise ValueError(f"--config.{field}={_without_secrets(value)}: must be {permitted}")
     if cfg.task == "train" and not cfg.num_steps + cfg.cold_start.num_steps + cfg.pretrain.num_steps:
         raise ValueError(
             "--config.num_steps, --config.cold_start.num_steps and --config.pretrain.num_steps are all 0: there is "
@@ -224,6 +224,11 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             f"--config.weighting.activation={cfg.weighting.activation}: must be one of {', '.join(permitted)} for "
             f"weighting.name={cfg.weighting.name}"
         )
+
+
+def _without_secrets(value):
+    """A value for a message: of an address without what may be a password or a key in it."""
+    return re.sub(r"(?<=//)[^/]*@|[?#].*", "[hidden]", value) if isinstance(value, str) else value
 
 
 def _validate_processes(given: config_dict.ConfigDict) -> None:

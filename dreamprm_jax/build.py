@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from dreamprm_jax import losses, weighting
-from dreamprm_jax.checkpoint import Model
+from dreamprm_jax.checkpoint import Model, fingerprint_of_model
 from dreamprm_jax.data import batches, noisy_steps, prepared, raw, records
 from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, first_rows, with_shapes
@@ -24,7 +22,7 @@ from dreamprm_jax.data.example import Example
 from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
-from dreamprm_jax.models import internvl, presets, trained
+from dreamprm_jax.models import convert, internvl, presets, trained
 from dreamprm_jax.sharding import num_row_shards, table_length
 from dreamprm_jax.types import SUPERVISED, WHOLE, Batch, PyTree, Share
 
@@ -41,7 +39,7 @@ class TrainingData(NamedTuple):
 
 
 def record(cfg: Any) -> dict[str, Any]:
-    """What a workdir keeps in config.json: the config, and the sha256 of every data file that it names.
+    """What a workdir keeps in config.json: the config, and the sha256 of every data file and model that it names.
 
     It tells them from others of the same name. Which devices and processes do the work is left out: a run may go on
     with others.
@@ -54,7 +52,10 @@ def record(cfg: Any) -> dict[str, Any]:
         *(cfg.candidates.path, cfg.candidates.scores, cfg.benchmark.path, cfg.benchmark.scores),
     )
     data = {path: _fingerprint(path) for path in paths if path is not None}
-    config = {name: value for name, value in cfg.to_dict().items() if name not in ("mesh", "distributed", "resume")}
+    if cfg.model.checkpoint is not None:
+        data[cfg.model.checkpoint] = fingerprint_of_model(cfg.model.checkpoint)
+    left_out = ("mesh", "distributed", "resume")
+    config = {name: value for name, value in cfg.to_dict().items() if name not in left_out}
     return {"config": config, "data": data}
 
 
@@ -63,11 +64,16 @@ def _fingerprint(path: str) -> str:
         if prepared.is_prepared(path) or path.endswith(prepared.UNFINISHED):
             return prepared.fingerprint(path)
         if Path(path).is_file():
-            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        files = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in raw.find_files(path).items()}
+            return _sha256(Path(path))
+        files = {name: _sha256(file) for name, file in raw.find_files(path).items()}
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the config names it") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def image_spec(cfg: Any, config: presets.InternVLConfig) -> ImageSpec:
@@ -238,14 +244,8 @@ def read_meta_params(path: str, shapes: PyTree) -> PyTree:
     Raises:
       InputError: the file's tensors are not those of `shapes`, by name and shape.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}) (weighting.init)") from error
     wanted = {name: leaf.shape for name, leaf in shapes.items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != wanted:
-        raise InputError(f"{path}: holds {found}, but the weighting needs {wanted} (weighting.init)")
+    tensors = convert.read_tensors(Path(path), wanted, "(weighting.init)")
     for name, tensor in tensors.items():
         bad = np.argwhere(~np.isfinite(tensor))
         if len(bad):

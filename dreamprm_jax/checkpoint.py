@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,14 +28,16 @@ from orbax.checkpoint import checkpoint_managers
 from dreamprm_jax import sharding
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.data.tokens import PRMTokenizer, load_tokenizer, wrap
+from dreamprm_jax.documents import is_bomb
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
-from dreamprm_jax.models import config_json, convert, internvl, presets, trained
+from dreamprm_jax.models import config_json, convert, hub, internvl, presets, trained
 from dreamprm_jax.models.layers import choose_attention
 from dreamprm_jax.programs import is_out_of_memory
 from dreamprm_jax.types import BilevelState, PyTree
 
 CHECKPOINTS, MODEL, DAMAGED = "checkpoints", "model", "damaged"
+_SHOWN = 200  # characters of what a library says of a damaged file
 
 
 class Snapshot(NamedTuple):
@@ -230,7 +234,7 @@ def _name(path: tuple) -> str:
 
 
 def _line_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}"
 
 
 def _size(num_bytes: int) -> str:
@@ -243,6 +247,30 @@ class Model(NamedTuple):
     config: presets.InternVLConfig
     params: PyTree
     tokenizer: PRMTokenizer
+
+
+def fingerprint_of_model(checkpoint: str) -> str:
+    """What a run keeps to know the model it began from again: a hash of all files that are read of it.
+
+    Args:
+      checkpoint: as `load_model` takes it. Of a workdir of ours its newest checkpoint counts.
+
+    Raises:
+      InputError: there is none.
+    """
+    folder = Path(checkpoint) / CHECKPOINTS
+    if not folder.is_dir():
+        return convert.fingerprint(checkpoint)
+    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
+    if not steps:
+        raise InputError(f"{folder}: holds no finished checkpoint; let the run reach its first save")
+    newest = max(steps, key=lambda path: int(path.name))
+    hashes = {}
+    for path in sorted((*newest.rglob("*"), Path(checkpoint) / MODEL / "config.json")):
+        if path.is_file():
+            with path.open("rb") as file:
+                hashes[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def save_model_card(workdir: Path, config: presets.InternVLConfig, tokenizer: PRMTokenizer) -> None:
@@ -278,7 +306,7 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
     else:
         if (Path(cfg.checkpoint) / "config.json").is_file():
             _refuse_unsaved_run(Path(cfg.checkpoint))
-        directory = convert.checkpoint_directory(cfg.checkpoint)
+        directory = hub.checkpoint_directory(cfg.checkpoint)
         tokenizer = load_tokenizer(_tokenizer_directory(cfg.tokenizer) or directory)
         config, params = convert.load_checkpoint(directory)
     if tokenizer.vocab_size > config.language.vocab_size:
@@ -303,7 +331,7 @@ def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | Non
 
 def _tokenizer_directory(source: str | Path | None) -> Path | None:
     """Where `model.tokenizer` lies; a Hub id's tokenizer.json is downloaded, and nothing else of it."""
-    return None if source is None else convert.checkpoint_directory(source, ("tokenizer.json",))
+    return None if source is None else hub.checkpoint_directory(source, ("tokenizer.json",))
 
 
 def _refuse_unsaved_run(directory: Path) -> None:
@@ -349,24 +377,29 @@ def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.Inter
     """The newest parameters of a run of ours, whole, whatever of them it trains; on that mesh, whichever it ran on.
 
     Raises:
-      InputError: no finished checkpoint in it, or the newest is damaged.
+      InputError: no finished checkpoint in it, a damaged one, or one of another model than its config.json says.
     """
     config = config_json.config_from_json(workdir / MODEL / "config.json")
     with _reading(workdir) as (manager, step):
-        return config, _scoring_params(manager, step, mesh)
+        return config, _scoring_params(manager, workdir / CHECKPOINTS / str(step), config, mesh)
 
 
-def _scoring_params(manager: ocp.CheckpointManager, step: int, mesh: Mesh | None) -> PyTree:
+def _scoring_params(
+    manager: ocp.CheckpointManager, folder: Path, config: presets.InternVLConfig, mesh: Mesh | None
+) -> PyTree:
     """Of a checkpoint only the parameters that score: moments and table of a 1B run are three times their size."""
+    step = int(folder.name)
     progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-    saved = manager.item_metadata(step)["arrays"].tree
-    moved = {"ema": saved["ema"]} if progress["averaged"] else {"train": {"params": saved["train"]["params"]}}
+    averaged, saved = progress["averaged"], manager.item_metadata(step)["arrays"].tree
+    moved = {"ema": saved["ema"]} if averaged else {"train": {"params": saved["train"]["params"]}}
     wanted = sharding.shapes(mesh, {**moved, "frozen": saved["frozen"]})
+    part = lambda tree: tree["ema"] if averaged else tree["train"]["params"]  # noqa: E731
+    _check_stored(folder, config, wanted, jax.eval_shape(trained.whole, part(wanted), wanted["frozen"]))
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
     arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
     check_sums(arrays, progress["sums"])
-    return trained.whole(arrays["ema"] if progress["averaged"] else arrays["train"]["params"], arrays["frozen"])
+    return trained.whole(part(arrays), arrays["frozen"])
 
 
 def saved_progress(workdir: Path) -> dict[str, Any]:
@@ -383,19 +416,44 @@ def saved_progress(workdir: Path) -> dict[str, Any]:
 @contextmanager
 def _reading(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     """The checkpoints of a run that is over or elsewhere, and the newest one's step."""
+    folder = workdir / CHECKPOINTS
     handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{workdir / CHECKPOINTS}: holds no finished checkpoint; let the run reach its first save")
-        try:
+    try:
+        with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
+            step = manager.latest_step()
+            if step is None:
+                raise InputError(f"{folder}: holds no finished checkpoint; let the run reach its first save")
+            folder = folder / str(step)
             yield manager, step
-        except InputError:
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise errors of many types on damaged files
+        if is_out_of_memory(error):
             raise
-        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
-            if is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{workdir / CHECKPOINTS / str(step)}: is damaged ({_line_of(error)}); the command of its run sets it "
-                "aside and goes on from the one before"
-            ) from error
+        raise InputError(
+            f"{folder}: is damaged ({_line_of(error)}); the command of its run sets it aside and goes on from the one "
+            "before"
+        ) from error
+
+
+def _check_stored(folder: Path, config: presets.InternVLConfig, wanted: PyTree, whole: PyTree) -> None:
+    """Looks at the shapes before memory is taken for them: an array may be declared without being stored.
+
+    Raises:
+      InputError: other parameters than the model's, or more of them than the files can hold.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(whole)
+    found = {_name(path): leaf for path, leaf in leaves}
+    shapes = convert.parameter_shapes(config)
+    other = [
+        name for name in sorted(found.keys() | shapes) if name not in found or shapes.get(name) != found[name].shape
+    ]
+    other += [name for name, leaf in found.items() if leaf.dtype not in (jnp.float32, jnp.bfloat16)]
+    if other:
+        raise InputError(f"{folder}: {other[0]} is not as {MODEL}/config.json has it; give another checkpoint")
+    declared = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if is_bomb(declared, stored):
+        raise InputError(
+            f"{folder}: declares parameters of {declared} bytes, but has files of {stored}; give another checkpoint"
+        )

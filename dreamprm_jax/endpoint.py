@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ LONGEST_WAIT = 60.0
 
 LONGEST_REQUESTED_WAIT = 600.0
 """Seconds; a server that asks for more (a quota of the day) ends the run instead."""
+
+MAX_ANSWER = 64 * 2**20
+"""Bytes of one answer: of 64 candidates of 32,768 tokens a quarter."""
 
 _TEMPORARY = {408, 409, 425, 429}  # and all from 500
 _MAX_MESSAGE = 300  # characters of what a server said
@@ -90,10 +93,46 @@ def redact(text: str, key: str) -> str:
 
 
 def open_client(base_url: str | None, key: str, timeout: float) -> Any:
-    """An AsyncOpenAI client that retries nothing by itself."""
+    """An AsyncOpenAI client that retries nothing by itself, follows no redirect, and reads no more than MAX_ANSWER."""
     import openai  # a second, and only this task needs it
 
-    return openai.AsyncOpenAI(base_url=base_url or HOSTED, api_key=key or "none", timeout=timeout, max_retries=0)
+    return openai.AsyncOpenAI(
+        base_url=base_url or HOSTED,
+        api_key=key or "none",
+        timeout=timeout,
+        max_retries=0,
+        default_headers={"Accept-Encoding": "identity"},  # a packed answer's size is not known before it is unpacked
+        http_client=openai.DefaultAsyncHttpxClient(
+            timeout=timeout, follow_redirects=False, event_hooks={"response": [_bound]}
+        ),
+    )
+
+
+async def _bound(response: Any) -> None:
+    """Before anything of an answer's content is read: lets no more of it in than MAX_ANSWER.
+
+    Raises:
+      httpx2.DecodingError: it is packed.
+    """
+    import httpx2
+
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise httpx2.DecodingError("it is packed, which was not asked for", request=response.request)
+    stream = response.stream
+
+    class Bounded(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in stream:
+                size += len(chunk)
+                if size > MAX_ANSWER:
+                    raise httpx2.DecodingError(f"it is larger than {MAX_ANSWER} bytes", request=response.request)
+                yield chunk
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    response.stream = Bounded()
 
 
 async def ask(
@@ -139,6 +178,7 @@ _ADVICE = {
     401: "check the API key in the environment variable that --config.generate.api_key_variable names",
     403: "the key may not use this model or server: check --config.generate.model and the account",
     404: "check --config.generate.base_url (it ends with /v1 at most servers) and --config.generate.model",
+    **dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: give the address with base_url"),
     413: "send smaller images: --config.generate.max_image_side=1024",
 }
 
@@ -169,7 +209,9 @@ async def _attempt(client: Any, request: dict[str, Any], timeout: float, key: st
     except openai.APIConnectionError as error:
         cause = error.__cause__
         return Failure(redact(f"no connection to the server ({type(cause).__name__}: {cause})", key))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, openai.APIError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError, openai.APIError),
+    ) as error:
         return Failure(redact(f"the server's answer is no chat completion ({type(error).__name__})", key))
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from dreamprm_jax import hub
+from dreamprm_jax import upload
 from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import write_text
@@ -28,7 +28,7 @@ from dreamprm_jax.transformers_files import companion_files
 from dreamprm_jax.weight_files import write_weights
 from dreamprm_jax.workdir import open_alone
 
-RECORD = hub.RECORD
+RECORD = upload.RECORD
 """What tells a directory of ours: the source, the options, and the sha256 of every other file."""
 
 
@@ -51,7 +51,7 @@ def run_export(cfg: Any, workdir: Path) -> dict[str, Any]:
     _settle(directory)
     _check_replaceable(directory, cfg.model.checkpoint)
     if cfg.export.repo is not None:
-        hub.check_token()
+        upload.check_token()
     source = read_source(cfg.model.checkpoint)
     model = load_model(cfg.model, cfg.seed)
     with _full_disk_named(directory), _staged(directory) as (staging, record_file):
@@ -64,7 +64,7 @@ def run_export(cfg: Any, workdir: Path) -> dict[str, Any]:
     if cfg.export.repo is None:
         return report
     print(f"uploading {directory} to {cfg.export.repo}", file=sys.stderr)
-    done = hub.upload(directory, cfg.export.repo, _message(source, cfg), private=cfg.export.private)
+    done = upload.upload(directory, cfg.export.repo, _message(source, cfg), private=cfg.export.private)
     write_text(directory / RECORD, json.dumps({**record, "hub": done}, indent=2))
     return {**report, "hub": done}
 

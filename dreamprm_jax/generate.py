@@ -27,15 +27,15 @@ from dreamprm_jax.data.builders import read_all_questions
 from dreamprm_jax.data.example import Question
 from dreamprm_jax.data.formats.mmmu import question_turn, right_answers
 from dreamprm_jax.data.formats.prompts import QUESTION_HEADING
+from dreamprm_jax.data.images import image_format
 from dreamprm_jax.endpoint import Candidate, Patience, Reply, RequestFailed, ask, open_client, read_key
-from dreamprm_jax.errors import InputError
+from dreamprm_jax.errors import InputError, printable
 from dreamprm_jax.messages import (
     Prompts,
     chat_messages,
     check_images,
     fingerprint,
     image_bytes,
-    image_format,
     load_prompts,
 )
 from dreamprm_jax.metrics import METRICS_FILE, write_json_lines
@@ -263,7 +263,7 @@ async def _ask_pending(pending, settings, prompts, sampling, key, receive) -> in
                     stop.set()
                 else:
                     skipped.append(item)
-                    tqdm.write(f"{item.question.place}: skipped: {message}", file=sys.stderr)
+                    tqdm.write(printable(f"{item.question.place}: skipped: {message}"), file=sys.stderr)
             except _Stopped:
                 return
             if stop.is_set():
@@ -349,7 +349,7 @@ def response_rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _image_path(source: Any, name: str, folder: Path) -> str:
     if isinstance(source, Path):
         return str(source)
-    path = folder / "images" / f"{name}.{image_format(source).lower()}"
+    path = folder / "images" / f"{name}.{image_format(source, name).lower()}"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(image_bytes(source))
     return str(path.relative_to(folder))

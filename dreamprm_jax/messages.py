@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from dreamprm_jax.data.example import ImageSource, Question
-from dreamprm_jax.data.images import image_size, open_image
+from dreamprm_jax.data.images import image_format, image_size, open_image
 from dreamprm_jax.errors import InputError
 
 _FORM = """\
@@ -153,16 +153,10 @@ def _data_url(source: ImageSource, max_side: int | None, place: str) -> str:
     """The stored bytes; PNG of the pixels where they are too large, or of a format that servers do not take."""
     content = image_bytes(source)
     width, height = image_size(content, place)
-    kind = _SENT_AS_STORED.get(image_format(content))
+    kind = _SENT_AS_STORED.get(image_format(content, place))
     if kind is None or (max_side is not None and max(width, height) > max_side):
         kind, content = "image/png", _as_png(content, max_side, place)
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def image_format(content: bytes) -> str:
-    """Pillow's name of an image's format, from its first bytes ("PNG")."""
-    with Image.open(io.BytesIO(content)) as image:
-        return image.format or ""
 
 
 def _as_png(content: bytes, max_side: int | None, place: str) -> bytes:

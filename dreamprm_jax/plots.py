@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dreamprm_jax import page
+from dreamprm_jax.errors import printable
 from dreamprm_jax.metrics import write_bytes
 from dreamprm_jax.selection import Interval
 from dreamprm_jax.step_benchmark import calibration, roc
@@ -24,6 +25,8 @@ RIGHT, WRONG = "tab:blue", "tab:orange"
 
 NUM_WINDOWS = 40
 """Points of a curve over a run: each is the mean of a stretch of it."""
+
+_LONGEST_LABEL = 60  # characters
 
 
 class Curve(NamedTuple):
@@ -78,10 +81,16 @@ def weight_histogram(groups: dict[str, list[float]]) -> Figure:
     every = [weight for weights in groups.values() for weight in weights]
     edges = np.linspace(min(every) - 1e-3, max(every) + 1e-3, 41)
     for name, weights in sorted(groups.items()):
-        axes.hist(weights, bins=edges, alpha=0.5, label=f"{name} ({len(weights)})")
+        axes.hist(weights, bins=edges, alpha=0.5, label=f"{_label(name)} ({len(weights)})")
     axes.set(xlabel="instance weight", ylabel="rows")
     axes.legend()
     return figure
+
+
+def _label(name: str) -> str:
+    """A name that a row gave, for a legend: no formula in it, and not so long that the plot has no room."""
+    short = name if len(name) <= _LONGEST_LABEL else name[:_LONGEST_LABEL] + "..."
+    return printable(short).replace("$", "\\$")
 
 
 def weight_curves(rows: Sequence[dict], groups: Mapping[int, str]) -> dict[str, Curve]:
@@ -135,7 +144,7 @@ def curve_panels(panels: dict[str, dict[str, Curve]], xlabel: str, ylabel: str) 
         for name, curve in curves.items():
             base, _, kind = name.partition(",")
             style = "--" if kind else "-"
-            axes.plot(*curve, style, color=f"C{bases.index(base) % 10}", label=name)
+            axes.plot(*curve, style, color=f"C{bases.index(base) % 10}", label=_label(name))
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

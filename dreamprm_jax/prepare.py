@@ -32,7 +32,7 @@ from dreamprm_jax.data import builders, passes, prepared, raw
 from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.choice import choose, first_of_each
 from dreamprm_jax.data.passes import BAD, Dropped, Settings
-from dreamprm_jax.errors import InputError
+from dreamprm_jax.errors import InputError, printable
 from dreamprm_jax.workers import Task, open_workers, run_tasks
 
 SHARD_ROWS = 1024
@@ -442,7 +442,7 @@ def _table(report: dict, directory: Path, seconds: float) -> str:
         lines.append(f"WARNING: the sample is {report['short_of_sample']} rows short: there are no more")
     if report["counts"].get(passes.VALIDATION):
         lines.append("WARNING: questions of MMMU's validation split are in it, the test set: give them as exclude")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # sources have the names that rows give
 
 
 def _part_name(part: raw.Part) -> str:

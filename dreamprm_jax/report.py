@@ -17,6 +17,9 @@ from dreamprm_jax.metrics import read_metrics, write_text
 NUM_EXTREMES = 10
 """Rows of highest weight, and of lowest, that the report pictures."""
 
+_MOST_GROUPS = 12
+"""Sources that a plot has room for in its legend, those of most rows; the table has all."""
+
 
 class Pictured(NamedTuple):
     """A training row for the gallery."""
@@ -102,16 +105,19 @@ def write_report(
             tables.append(page.Table(name.replace("_", " "), ("figure", "value"), list(value.items())))
     shown = [_plot("losses", "Losses by step (faint: each step; strong: trailing mean).", plots.losses_by_step(rows))]
     groups = weight_groups(weights, domains) if weights else {}
+    drawn = dict(sorted(groups.items(), key=lambda group: -len(group[1]))[:_MOST_GROUPS])
+    which = f", of the {_MOST_GROUPS} sources with most rows" if len(groups) > len(drawn) else ""
     if groups:
         lines = [(name, len(v), float(np.mean(v)), float(np.std(v))) for name, v in sorted(groups.items())]
         tables.append(page.Table("Learned weights", ("rows", "number", "mean", "standard deviation"), lines))
-        shown.append(_plot("weights", "Learned instance weights.", plots.weight_histogram(groups)))
+        shown.append(_plot("weights", f"Learned instance weights{which}.", plots.weight_histogram(drawn)))
     if any("instance_weights" in row for row in rows):
         named = zip(weights, domains, strict=True)
         names = {row["example_id"]: group_name(domain, row.get("corrupted")) for row, domain in named}
-        panels = {"mean weight of the rows drawn": plots.weight_curves(rows, names)}
+        curves = plots.weight_curves(rows, names)
+        panels = {"mean weight of the rows drawn": {name: curve for name, curve in curves.items() if name in drawn}}
         figure = plots.curve_panels(panels, "step", "weight")
-        shown.append(_plot("weights_by_source", "Instance weights by source over the training.", figure))
+        shown.append(_plot("weights_by_source", f"Instance weights by source over the training{which}.", figure))
     if scored:
         figure = plots.score_histograms({"test chains": right_and_wrong(scored)})
         shown.append(_plot("scores", "Scores of right and of wrong test chains.", figure))

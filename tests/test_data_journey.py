@@ -109,7 +109,7 @@ def test_prepared_sets_train_a_model(downloads, prepared, capsys):
     assert sum(line["visits"] for line in lines) == 4
     assert len({line["id"] for line in lines}) == 16
     record = json.loads((downloads / "run/config.json").read_text())
-    assert set(record["data"]) == set(prepared)
+    assert set(record["data"]) == {*prepared, str(downloads / "model")}
     assert "train: 16 rows, " in capsys.readouterr().err
 
 

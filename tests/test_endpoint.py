@@ -1,6 +1,8 @@
 """Requests: what is tried again, after what time, what ends a run, and where the key comes from."""
 
 import asyncio
+import contextlib
+import gzip
 import re
 import socket
 import time
@@ -178,3 +180,54 @@ def test_values_are_checked(field, value, message):
     cfg.generate[field] = value
     with pytest.raises(ValueError, match=rf"--config.generate.{field}=.*{re.escape(message)}"):
         ranges.validate(cfg)
+
+
+# --- A server that means harm.
+
+
+def bomb(call, status):
+    """Endless content, in answer to anything."""
+    call.send(status, b"[", length=10**12)
+    with contextlib.suppress(OSError):
+        for _ in range(1000):
+            call.wfile.write(b" " * 2**16)
+
+
+HOSTILE = {
+    "endless": (lambda call: bomb(call, 200), "larger than 1000000 bytes"),
+    "endless error": (lambda call: bomb(call, 500), "larger than 1000000 bytes"),
+    "packed": (lambda call: call.send(200, gzip.compress(bytes(10**7)), {"content-encoding": "gzip"}), "it is packed"),
+    "infinite": (
+        lambda call: call.send(
+            200, b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": Infinity}}'
+        ),
+        "no chat completion (OverflowError)",
+    ),
+    "deep": (lambda call: call.send(200, b'{"choices": ' + b"[" * 100_000), "no chat completion (RecursionError)"),
+    "long number": (lambda call: call.send(200, b"9" * 5000), "no chat completion (ValueError)"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_answer_is_a_failure_like_any_other(name, monkeypatch):
+    monkeypatch.setattr(endpoint, "MAX_ANSWER", 1_000_000)
+    behave, message = HOSTILE[name]
+    error, _, asked = ask_and_record_waits(lambda call, body, number: behave(call), 1)
+    assert isinstance(error, InputError) and message in str(error)
+    assert asked == 2
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_neither_the_key_nor_the_question_goes_where_a_redirect_points(status):
+    with serving(lambda call, body, number: call.answer("Answer: B")) as other:
+        error, _, asked = ask_and_record_waits(
+            lambda call, body, number: call.send(status, b"", {"location": f"{other.url}/chat/completions"}), 3
+        )
+        assert other.bodies == []
+    assert asked == 1
+    assert f"answered {status}" in str(error) and "redirects are not followed" in str(error)
+
+
+def test_an_answers_control_characters_do_not_reach_the_terminal():
+    error, _, _ = ask_and_record_waits(lambda call, body, number: call.fail(400, "\x1b]0;title\x07 \x1b[2J\u202e"), 0)
+    assert str(error).isprintable() and "\\x1b[2J\\u202e" in str(error)

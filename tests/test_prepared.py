@@ -196,7 +196,7 @@ def test_another_version_and_a_damaged_record_of_the_set_are_told(copy):
     with pytest.raises(InputError, match="metadata is not as prepare writes it"):
         PreparedExamples(copy)
     (copy / "dataset_info.json").write_text("{")
-    with pytest.raises(InputError, match=r"dataset_info\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"dataset_info\.json: not JSON"):
         fingerprint(copy)
 
 

@@ -184,7 +184,7 @@ def test_scoring_leaves_its_record_and_stays_out_of_a_training_run(checkpoint, t
     with pytest.raises(InputError, match=r"begun with data\..*rows.json=.*; give another --workdir"):
         scores_of(checkpoint, tmp_path, rows[:2])
     record = json.loads((work / "config.json").read_text())
-    assert list(record["data"]) == [str(tmp_path / "rows.json")]
+    assert list(record["data"]) == [str(tmp_path / "rows.json"), str(checkpoint)]
     record["config"]["task"] = "train"
     (work / "config.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="begun with config.task=train, now config.task=score"):

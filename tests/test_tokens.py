@@ -169,6 +169,11 @@ def test_files_that_hold_no_tokenizer(tmp_path):
         with pytest.raises(InputError, match="tokenizer.json: not a readable tokenizer.json"):
             load_tokenizer(tmp_path)
     small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r'"pre_tokenizer" splits by .*, not by Qwen2'):
+        load_tokenizer(tmp_path)
+    tokenizer = small_tokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).plus_id == WORDS.index("+")
 
 

@@ -131,7 +131,7 @@ def test_a_finished_run_answers_with_its_summary(finished, monkeypatch, capsys):
     [
         ("train.order", "[24]", "entry 0: 24 is not a row number from 0 to 23"),
         ("train.order", None, "cannot be read"),
-        ("weighting.init", None, "cannot be read as safetensors"),
+        ("weighting.init", None, "not a readable safetensors file"),
     ],
 )
 def test_a_bad_file_is_found_before_the_workdir_is_touched(tmp_path, field, content, message):

@@ -266,6 +266,8 @@ def _check_soft_labels(example: Example) -> None:
             "soft labels, or leave out --config.soft_labels",
             kind="soft_labels",
         )
+    if not all(0 <= value <= 1 for value in example.soft_labels):
+        raise InputError(f'{example.place}: "soft_labels" has a value outside 0 to 1; correct it', kind="soft_labels")
 
 
 def _in_parts(pool: ThreadPoolExecutor, function: Callable[[int], Any], rows: range) -> Iterator[Any]:

@@ -24,6 +24,9 @@ TILE_SIZE = 448
 MAX_PIXELS = 89_478_485
 """Larger images are refused: 256 MiB as RGB, Pillow's own limit for a decompression bomb."""
 
+MAX_SIDE, MAX_BYTES = 65_535, 512 * 2**20
+"""Of an image, in pixels, as JPEG has it; of its file: twice what the largest image takes uncompressed in RGB."""
+
 IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 """Of ImageNet, as InternVL was trained; red, green, blue in [0, 1]."""
@@ -92,6 +95,12 @@ def normalise(tiles: np.ndarray) -> np.ndarray:
     return values
 
 
+def image_format(source: ImageSource, place: str) -> str:
+    """Pillow's name of an image's format ("PNG"); errors as those of `image_size`."""
+    with _opened(source, place) as image:
+        return image.format or ""
+
+
 def image_size(source: ImageSource, place: str) -> tuple[int, int]:
     """(width, height) in pixels, from the header alone.
 
@@ -118,14 +127,17 @@ def _opened(source: ImageSource, place: str) -> Iterator[Image.Image]:
     name = f"{len(source)} bytes" if isinstance(source, bytes) else f'"{source}"'
     bomb = Image.DecompressionBombWarning
     try:
+        if (len(source) if isinstance(source, bytes) else source.stat().st_size) > MAX_BYTES:
+            raise bomb(f"more than {MAX_BYTES} bytes")
         file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
         with Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 raise bomb(f"{image.width} x {image.height} pixels")
             yield image
     except (bomb, Image.DecompressionBombError) as error:
         raise InputError(
-            f'{place}: "image" {name} is too large ({error}); the limit is {MAX_PIXELS} pixels: scale it down',
+            f'{place}: "image" {name} is too large ({error}); the limit is {MAX_PIXELS} pixels, {MAX_SIDE} on a side: '
+            "scale it down",
             kind="image",
         ) from error
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files

@@ -1,13 +1,81 @@
-"""Rows written as JSON: how a list is taken apart row by row, and what is said of one that cannot be."""
+"""Rows written as JSON: how much of a file is read, how a list is taken apart, and what is said of a row that is none.
 
+A file may be far larger unpacked than it is, a line may have no end: both are noticed while they are read.
+"""
+
+import gzip
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
+from dreamprm_jax.documents import is_bomb
 from dreamprm_jax.errors import InputError
 
+MAX_WHOLE = 4 * 2**30
+"""Bytes of a file that is read as a whole, unpacked; parsed it takes several times as much."""
+
+MAX_LINE = 64 * 2**20
+"""Bytes of one row of JSONL."""
+
+_CHUNK = 16 * 2**20  # bytes
+
 _SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file's content, unpacked where its name ends in .gz."""
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+
+
+def read_whole(file: BinaryIO, path: Path) -> bytes:
+    """All of a file of `opened`.
+
+    Raises:
+      InputError: more than MAX_WHOLE, or a .gz that is a bomb.
+      OSError, EOFError, zlib.error: it cannot be read.
+    """
+    chunks, size = [], 0
+    while chunk := file.read(_CHUNK):
+        chunks.append(chunk)
+        size += len(chunk)
+        check_size(size, path)
+        if size > MAX_WHOLE:
+            raise InputError(
+                f"{path}: has more than {MAX_WHOLE} bytes, too many to read at once; write it as JSONL and prepare it "
+                "(configs/prepare.py), which reads it in parts"
+            )
+    return b"".join(chunks)
+
+
+def check_size(unpacked: int, path: Path) -> None:
+    """Whether so many bytes can honestly come from a file.
+
+    Raises:
+      InputError: a .gz unpacks to a hundred times its size and more.
+    """
+    packed = path.stat().st_size if path.name.endswith(".gz") else unpacked
+    if is_bomb(unpacked, packed):
+        raise InputError(
+            f"{path}: its {packed} bytes unpack to more than {unpacked - 1}; unpack it yourself if it is meant so"
+        )
+
+
+def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """The lines of a file of `opened`, line ends included.
+
+    Raises:
+      InputError: one is longer than MAX_LINE.
+    """
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise InputError(
+                f"{name}: line {number} has more than {MAX_LINE} bytes; a row is a line of JSON: correct it"
+            )
+        yield line
 
 
 def list_rows(text: str, name: str) -> Iterator[tuple[Any, int]]:

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from PIL import Image
 
-from dreamprm_jax.data.example import Example, ImageSource, Question, Turn
+from dreamprm_jax.data.example import GPT, HUMAN, MINUS, PLUS, SYSTEM, Example, ImageSource, Question, Turn
+from dreamprm_jax.data.fields import check_turn_text
 from dreamprm_jax.data.images import open_image
+from dreamprm_jax.documents import read_json
 from dreamprm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ UNFINISHED = ".incomplete"
 
 _UNKNOWN = -1  # true_false
 _METADATA_BYTES = 2**16
+_MAX_NAME, _MAX_ROWS = 200, 2**31  # of a file, in characters; of a set
 _KINDS = {"soft_labels": "float_list", "true_false": "int64_list", "step_truth": "int64_list"}
 
 
@@ -171,12 +174,20 @@ class _Fields:
         return self.texts(name)[0]
 
 
+def _turn(role: str, text: str) -> Turn:
+    """A turn of a record, which anybody may have written: it is held to what a row of JSON is."""
+    if role not in (SYSTEM, HUMAN, GPT) or (role == GPT and text not in (PLUS, MINUS)):
+        raise ValueError(f"a turn of {role[:20]!r} says {text[:20]!r}")
+    return Turn(role, text if role == GPT else check_turn_text(text, "turn", role))
+
+
 def _example(fields: _Fields, row: int, directory: str) -> Example:
     true_false = fields.many("true_false")[0]
+    turns = tuple(_turn(*turn) for turn in zip(fields.texts("roles"), fields.texts("texts"), strict=True))
     return Example(
         row=row,
         id=fields.text("id"),
-        turns=tuple(map(Turn, fields.texts("roles"), fields.texts("texts"))),
+        turns=turns,
         images=fields.many("images"),
         true_false=None if true_false == _UNKNOWN else bool(true_false),
         dataset=fields.text("dataset") or None,
@@ -294,9 +305,16 @@ def fingerprint(directory: str | Path) -> str:
     """
     directory = Path(directory)
     _read_info(directory)
-    shards = [Shard(**shard) for shard in _read_json(directory / REPORT)["shards"]]
-    for shard in shards:
-        path = directory / shard.name
+    path = directory / REPORT
+    try:
+        shards = [Shard(**shard) for shard in read_json(path, "prepare the set again")["shards"]]
+        names = [_checked_name(shard.name) for shard in shards]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is not as prepare writes it; prepare the set again") from error
+    for name, shard in zip(names, shards, strict=True):
+        path = directory / name
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise InputError(f"{path}: is not the file of {shard.bytes} bytes that was written; prepare the set again")
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
@@ -310,11 +328,11 @@ class _Info(NamedTuple):
     fields: frozenset[str]
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); prepare the set again") from error
+def _checked_name(name: str) -> str:
+    """A file's name as it stands in metadata; ValueError where it would lead out of the directory."""
+    if name in ("", ".", "..") or len(name) > _MAX_NAME or "\0" in name or Path(name).name != name:
+        raise ValueError(name)
+    return name
 
 
 def _read_info(directory: Path) -> _Info:
@@ -325,12 +343,15 @@ def _read_info(directory: Path) -> _Info:
         inside = sorted(path.parent for path in directory.glob("*/**/dataset_info.json"))
         advice = f"did you mean {inside[0]}?" if inside else "prepare one with configs/prepare.py"
         raise InputError(f"{directory}: is no prepared data set (it has no dataset_info.json); {advice}")
-    info, features = _read_json(directory / "dataset_info.json"), _read_json(directory / "features.json")
+    names = ("dataset_info.json", "features.json")
+    info, features = (read_json(directory / name, "prepare the set again") for name in names)
     try:
-        builder, version, (split,) = info["name"], info["version"], info["splits"]
+        builder, version, (split,) = _checked_name(info["name"]), info["version"], info["splits"]
         lengths = tuple(map(int, split["shardLengths"]))
         fields = frozenset(features["featuresDict"]["features"])
-    except (KeyError, TypeError, ValueError) as error:
+        if any(length < 0 for length in lengths) or not 0 < sum(lengths) < _MAX_ROWS:
+            raise ValueError(lengths)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{directory}: its metadata is not as prepare writes it; prepare the set again") from error
     if version != VERSION:
         raise InputError(f"{directory}: has version {version} of the schema, this code reads {VERSION}; prepare again")

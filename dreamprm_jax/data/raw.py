@@ -6,7 +6,6 @@ numbers that they have in the whole file, from 0. Blank lines of JSONL are no ro
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import zlib
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from dreamprm_jax.data.json_rows import list_rows, not_json
+from dreamprm_jax.data.json_rows import check_size, lines, list_rows, not_json, opened, read_whole
 from dreamprm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,10 +103,11 @@ def cut(name: str, path: Path, part_rows: int = PART_ROWS) -> RawFile:
     if path.name.endswith(".parquet"):
         return _cut_parquet(name, path)
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             start = file.read(2**16).removeprefix(_BOM).lstrip()
             file.seek(0)
-            return _cut_list(name, file, part_rows) if start.startswith(b"[") else _cut_lines(name, file, part_rows)
+            cut_file = _cut_list if start.startswith(b"[") else _cut_lines
+            return cut_file(name, path, file, part_rows)
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(name, error) from error
 
@@ -154,10 +154,6 @@ def _parsed(parse: Callable[[], Any], place: str) -> Any:
         return not_json(place, error)
 
 
-def _opened(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-
-
 def _unreadable(name: str, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or error
     return InputError(f"{name}: cannot be read ({reason}); replace it with a whole file")
@@ -166,12 +162,13 @@ def _unreadable(name: str, error: Exception) -> InputError:
 # --- JSONL.
 
 
-def _cut_lines(name: str, file: BinaryIO, part_rows: int) -> RawFile:
+def _cut_lines(name: str, path: Path, file: BinaryIO, part_rows: int) -> RawFile:
     digest, parts = hashlib.sha256(), []
     row = first_row = start = position = 0
-    for line in file:
+    for line in lines(file, name):
         digest.update(line)
         position += len(line)
+        check_size(position, path)
         row += _is_row(line)
         if row - first_row == part_rows or (row > first_row and position - start >= PART_BYTES):
             parts.append(Part(name, "lines", first_row, row - first_row, start, position))
@@ -186,7 +183,7 @@ def _is_row(line: bytes) -> bool:
 
 
 def _read_lines(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         file.seek(part.start)
         position = part.start
         while position < part.stop:
@@ -201,8 +198,8 @@ def _read_lines(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
 # --- A JSON list. It is looked through as a whole, its parts are read by themselves.
 
 
-def _cut_list(name: str, file: BinaryIO, part_rows: int) -> RawFile:
-    content = file.read()
+def _cut_list(name: str, path: Path, file: BinaryIO, part_rows: int) -> RawFile:
+    content = read_whole(file, path)
     try:
         text = content.decode()
         ends = [text.index("[") + 1, *(end for _, end in list_rows(text, name))]
@@ -218,7 +215,7 @@ def _cut_list(name: str, file: BinaryIO, part_rows: int) -> RawFile:
 
 
 def _read_list(path: Path, part: Part) -> Iterator[Callable[[], Any]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         file.seek(part.start)
         text = file.read(part.stop - part.start).decode()
     for value, _ in list_rows(f"[{text.rstrip()[:-1]}]", part.file):

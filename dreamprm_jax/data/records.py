@@ -11,7 +11,6 @@ Other fields are left alone. Labels are exactly "+" or "-", as in all published 
 """
 
 import functools
-import gzip
 import json
 import os
 import zlib
@@ -33,7 +32,7 @@ from dreamprm_jax.data.fields import (
     required,
     shown,
 )
-from dreamprm_jax.data.json_rows import list_rows, not_json
+from dreamprm_jax.data.json_rows import list_rows, not_json, opened, read_whole
 from dreamprm_jax.errors import InputError
 
 _MAX_IMAGE_PATH = 4096  # characters; longer ones name no file on any system
@@ -113,9 +112,8 @@ def find_image(value: str, *, image_root: str | Path | None) -> Path | None:
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with opened(path) as file:
+            content = read_whole(file, path)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

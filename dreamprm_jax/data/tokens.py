@@ -1,8 +1,9 @@
 """Tokenizer and the ids looked up in it by their text; an `Example` becomes an `Encoded`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -18,8 +19,31 @@ from dreamprm_jax.data.conversation import (
     render,
 )
 from dreamprm_jax.data.example import MINUS, PLUS, Encoded, Example
-from dreamprm_jax.data.fields import field_error
+from dreamprm_jax.data.fields import field_error, shown
+from dreamprm_jax.documents import read_bytes
 from dreamprm_jax.errors import InputError
+
+_KINDS = {
+    "model": ("BPE", "WordLevel"),
+    "normalizer": (None, "NFC"),
+    "pre_tokenizer": (None, "ByteLevel", "Sequence", "Split", "Whitespace", "WhitespaceSplit"),
+    "post_processor": (None, "ByteLevel"),
+    "decoder": (None, "ByteLevel"),
+}
+"""What a tokenizer may be made of: Qwen2's parts, and those of our own. Others are not needed, and a damaged part or a
+regular expression of another's choice can stop the process from inside the library."""
+
+_REGEX = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+"
+    "|\\s+(?!\\S)|\\s+"
+)
+"""Qwen2's, as in InternVL3's tokenizer.json."""
+
+MAX_CHARACTERS = 4_000_000
+"""Of a row's text: a hundred a token of the longest context. The library stops the process at a run of ten million
+spaces."""
+
+_SHOWN = 200  # characters of what the library says of a damaged file
 
 
 class PRMTokenizer(NamedTuple):
@@ -30,23 +54,50 @@ class PRMTokenizer(NamedTuple):
     minus_id: int
     image_context_id: int
     pad_id: int
-    vocab_size: int  # V of the tokenizer; a model's embedding may have more rows
+    vocab_size: int  # V of the tokenizer, its highest id and one; a model's embedding may have more rows
 
 
 def load_tokenizer(directory: str | Path) -> PRMTokenizer:
     """Loads `tokenizer.json` of a directory.
 
     Raises:
-      InputError: no such file, a damaged one, or a token that is missing.
+      InputError: no such file, a damaged one, one of parts that are not read, or a token that is missing.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a directory with a tokenizer.json (model.tokenizer)")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = read_bytes(path).decode()
+        _check_parts(json.loads(content), str(path))
+        tokenizer = Tokenizer.from_str(content)
+    except InputError:
+        raise
     except Exception as error:  # the library raises a bare Exception
-        raise InputError(f"{path}: not a readable tokenizer.json ({error}); download it again") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:_SHOWN]
+        raise InputError(f"{path}: not a readable tokenizer.json ({reason}); download it again") from error
     return wrap(tokenizer, str(path))
+
+
+def _check_parts(root: Any, name: str) -> None:
+    """Looks at what a tokenizer is made of, before the library does.
+
+    Raises:
+      InputError: a part that is not read.
+    """
+
+    def refused(field: str, why: str) -> InputError:
+        advice = "take an InternVL checkpoint's tokenizer"
+        return InputError(f'{name}: not a readable tokenizer.json ("{field}" {why}); {advice}')
+
+    for field, kinds in _KINDS.items():
+        whole = root.get(field)
+        for part in (whole, *((whole or {}).get("pretokenizers") or ())):
+            kind = part and part["type"]
+            if kind not in kinds or (kind == "Sequence" and part is not whole):
+                raise refused(field, f"is {shown(kind)}, not one of {', '.join(filter(None, kinds))}")
+            regex = ((part or {}).get("pattern") or {}).get("Regex", _REGEX)
+            if regex != _REGEX:
+                raise refused(field, f"splits by {shown(regex)}, not by Qwen2's expression")
 
 
 def wrap(tokenizer: Tokenizer, name: str = "tokenizer") -> PRMTokenizer:
@@ -70,13 +121,16 @@ def wrap(tokenizer: Tokenizer, name: str = "tokenizer") -> PRMTokenizer:
         minus_id=_single_id(tokenizer, MINUS, name),
         image_context_id=_single_id(tokenizer, IMAGE_CONTEXT, name),
         pad_id=_single_id(tokenizer, END_OF_TEXT if has_end_of_text else TURN_END, name),
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=1 + max(tokenizer.get_vocab(with_added_tokens=True).values()),
     )
 
 
 def _single_id(tokenizer: Tokenizer, text: str, name: str) -> int:
     token_id = tokenizer.token_to_id(text)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises a bare Exception
+        raise InputError(f'{name}: cannot take "{text}" ({error}); take an InternVL checkpoint\'s tokenizer') from error
     if token_id is None or ids != [token_id]:
         raise InputError(
             f'{name}: "{text}" must be one token, but gives {ids}; take an InternVL checkpoint\'s tokenizer'
@@ -97,9 +151,9 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
       Encoded with T = text tokens + I * sum(num_tiles). The scored position is the token before each label.
 
     Raises:
-      InputError: image tokens that do not match the images, or a label that is not one token.
+      InputError: image tokens that do not match the images, a label that is not one token, or a text too long.
     """
-    rendered = render(example)
+    rendered = _rendered(example)
     try:
         encoding = tokenizer.tokenizer.encode(rendered.text, add_special_tokens=False)
     except Exception as error:  # the library raises a bare Exception, for one where a word is not in a word list
@@ -120,16 +174,28 @@ def encode_many(
         try:
             if encoding is None:
                 return encode(tokenizer, example, own_tiles, tokens_per_tile)
-            return _place_images(tokenizer, example, render(example), encoding, own_tiles, tokens_per_tile)
+            return _place_images(tokenizer, example, _rendered(example), encoding, own_tiles, tokens_per_tile)
         except InputError as error:
             return error
 
     try:
-        texts = [render(example).text for example in examples]
+        texts = [_rendered(example).text for example in examples]
         encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
     except Exception:  # of one row: which one, and why, is found row by row
         encodings = [None] * len(examples)
     return list(map(one, examples, num_tiles, encodings))
+
+
+def _rendered(example: Example) -> Rendered:
+    """The row's text; one that no context could hold never comes to the tokenizer."""
+    rendered = render(example)
+    if len(rendered.text) > MAX_CHARACTERS:
+        raise InputError(
+            f'{example.place}: "conversations" has {len(rendered.text)} characters; the limit is {MAX_CHARACTERS}: '
+            "shorten the row",
+            kind="length",
+        )
+    return rendered
 
 
 def _place_images(

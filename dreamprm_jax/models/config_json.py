@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dreamprm_jax.documents import read_json
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models.presets import InternVLConfig, LanguageConfig, VisionConfig
 
 LAYOUTS = ("original", "hf")
+
+_MAX_LAYERS, _MAX_NUMBER, _MIN_NUMBER = 1000, 2**31 - 1, 1e-12
+"""Beyond any model: names are made for every layer before a tensor is looked at, and no float may overflow."""
+_SHOWN = 80  # characters of a value in a message
 
 # Fields with one supported value: (field, the value that is implemented, what an absent field means).
 _ORIGINAL_REQUIRES = (
@@ -60,7 +65,9 @@ class _Reader:
         return value
 
     def refuse(self, field: str, value: object, why: str) -> InputError:
-        return InputError(f'{self.path}: "{field}" is {json.dumps(value)}: {why}')
+        text = json.dumps(value)
+        text = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+        return InputError(f'{self.path}: "{field}" is {text}: {why}')
 
     def require(self, rules: tuple[tuple[str, Any, Any], ...], prefix: str = "") -> None:
         for name, supported, absent in rules:
@@ -77,7 +84,16 @@ class _Reader:
     def check_number(self, field: str, value: object, kind: type = int) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
             raise self.refuse(field, value, f"must be a positive {'whole ' if kind is int else ''}number")
+        most = _MAX_LAYERS if field.endswith("num_hidden_layers") else _MAX_NUMBER
+        if not _MIN_NUMBER <= value <= most:
+            raise self.refuse(field, value, f"must be from {_MIN_NUMBER:g} to {most}")
         return kind(value)
+
+    def object(self, field: str) -> dict[str, Any]:
+        value = self.find(field)
+        if value is not None and not isinstance(value, dict):
+            raise self.refuse(field, value, "must be an object, or null")
+        return value or {}
 
     def side(self, field: str) -> int:
         """A length in pixels, given as a number or as [height, width] of a square."""
@@ -91,14 +107,7 @@ class _Reader:
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError when it is missing or not a JSON object."""
-    path = Path(path)
-    try:
-        root = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        why = f"cannot be read ({error.strerror}); give a directory with all files of the checkpoint"
-        raise InputError(f"{path}: {why}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    root = read_json(Path(path), "give a directory with all files of the checkpoint")
     if not isinstance(root, dict):
         raise InputError(f"{path}: holds {type(root).__name__}, not a JSON object")
     return root
@@ -112,6 +121,10 @@ def config_from_json(path: str | Path) -> InternVLConfig:
     """
     path = Path(path)
     reader = _Reader(path, read_config_json(path))
+    for part in ("", "llm_config", "text_config"):
+        flag = (reader.object(part) if part else reader.root).get("tie_word_embeddings")
+        if flag is not None and not isinstance(flag, bool):
+            raise reader.refuse(f"{part}.tie_word_embeddings".lstrip("."), flag, "must be true or false")
     model_type = reader.find("model_type")
     if model_type == "internvl_chat":
         reader.require(_ORIGINAL_REQUIRES)
@@ -150,7 +163,7 @@ def _read_vision(reader: _Reader, image_size: int) -> VisionConfig:
 def _read_language(reader: _Reader, prefix: str) -> LanguageConfig:
     reader.require(_TEXT_REQUIRES, prefix)
     layer_types = reader.find(prefix + "layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise reader.refuse(prefix + "layer_types", layer_types, 'only "full_attention" is implemented')
     width, num_heads = reader.number(prefix + "hidden_size"), reader.number(prefix + "num_attention_heads")
     head_dim = reader.find(prefix + "head_dim") or width // num_heads
@@ -174,7 +187,7 @@ def _read_language(reader: _Reader, prefix: str) -> LanguageConfig:
 def _read_rope_theta(reader: _Reader, prefix: str) -> float:
     """The rotary base. "dynamic" scaling acts only beyond the model's context, where rows are refused."""
     for field in (prefix + "rope_scaling", prefix + "rope_parameters"):
-        scaling = reader.find(field) or {}
+        scaling = reader.object(field)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "dynamic"):
             raise reader.refuse(field, scaling, 'only null, "default" and "dynamic" are implemented')

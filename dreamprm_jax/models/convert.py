@@ -9,6 +9,7 @@ and nothing remote is executed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from dreamprm_jax.models.config_json import (
     read_config_json,
     tie_flag,
 )
+from dreamprm_jax.models.hub import checkpoint_directory
 from dreamprm_jax.models.presets import InternVLConfig
 from dreamprm_jax.types import PyTree
 
@@ -117,9 +119,9 @@ HF_SPELLINGS = (
 
 STORED_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 WRITTEN_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^@]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN = 8  # names of each kind in an error message
+_MAX_NAME = 255  # characters of a file's name, and of a tensor's in a message
 
 
 class Slot(NamedTuple):
@@ -232,24 +234,18 @@ def load_checkpoint(source: str | Path) -> tuple[InternVLConfig, PyTree]:
     return config, _nest(params)
 
 
-def checkpoint_directory(source: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
-    """A local directory as it is, or that of a Hub id after a download of its `files`."""
-    if Path(source).is_dir():
-        return Path(source)
-    hub_id = HUB_ID.fullmatch(str(source))
-    if Path(source).exists() or hub_id is None:
-        raise InputError(f"{source}: not a directory, and not a Hub id (org/name or org/name@revision)")
-    import huggingface_hub  # here, because a machine that only trains need not have it
+def fingerprint(source: str | Path) -> str:
+    """What a run keeps to know its weights again: a hash of the names and sha256 of config.json and all weight files.
 
-    wanted = {"revision": hub_id["revision"], "allow_patterns": list(files)}
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id["repo"], **wanted))
-    except Exception as error:  # the client raises errors of several libraries
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise InputError(
-            f"{source}: no such directory, and the Hub did not give it ({type(error).__name__}: {reason}); check "
-            "the name and the network, or download the checkpoint elsewhere and give its directory"
-        ) from error
+    Raises:
+      InputError: as `load_checkpoint`, of the files that are missing.
+    """
+    directory = checkpoint_directory(source)
+    hashes = {}
+    for file in (directory / "config.json", *_weight_files(directory)):
+        with file.open("rb") as content:
+            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _settle_tied_head(config: InternVLConfig, flag: bool | None, head_present: bool) -> InternVLConfig:
@@ -269,14 +265,16 @@ def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors and those that the index names."""
     index = directory / INDEX
     single = directory / SINGLE
-    files = [single] if single.exists() else []
+    files = [single] if single.is_file() else []  # no pipe, which would be waited for
     if index.exists():
         weight_map = read_config_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f'{index}: "weight_map" is missing; it must give the file of every tensor')
         for name in sorted(set(map(str, weight_map.values()))):
-            if Path(name).name != name or not (directory / name).is_file():
-                raise InputError(f'{index}: "weight_map" names the file {name!r}, which is not in {directory}')
+            if len(name) > _MAX_NAME or "\0" in name or Path(name).name != name or not (directory / name).is_file():
+                raise InputError(
+                    f'{index}: "weight_map" names the file {name[:_MAX_NAME]!r}, which is not in {directory}'
+                )
             files.append(directory / name)
     if not files:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
@@ -288,10 +286,13 @@ def _weight_files(directory: Path) -> list[Path]:
 def _open(file: Path) -> Any:
     import safetensors  # here, because a machine that only trains need not have it
 
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: not a readable safetensors file (not a regular file); give another")
     try:
         return safetensors.safe_open(file, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from error
+        said = str(error)[:_MAX_NAME]  # it quotes the header
+        raise InputError(f"{file}: not a readable safetensors file ({said}); copy or download it again") from error
 
 
 def _read_headers(files: list[Path]) -> list[_Stored]:
@@ -302,6 +303,33 @@ def _read_headers(files: list[Path]) -> list[_Stored]:
                 header = tensors.get_slice(name)
                 stored.append(_Stored(file, name, tuple(header.get_shape()), header.get_dtype()))
     return stored
+
+
+def read_tensors(file: Path, wanted: dict[str, tuple[int, ...]], why: str) -> dict[str, np.ndarray]:
+    """The tensors of a small file, each of a type that is read (`STORED_DTYPES`, or float64).
+
+    Args:
+      file: safetensors.
+      wanted: all names and shapes that it is to hold.
+      why: ends messages.
+
+    Raises:
+      InputError: not a safetensors file, or one of other tensors.
+    """
+    stored = _read_headers([file])
+    found = {tensor.name: tensor.shape for tensor in stored}
+    if found != wanted:
+        raise InputError(f"{file}: holds {_some(found)}, but {_some(wanted)} is needed {why}")
+    for tensor in stored:
+        if tensor.dtype not in (*STORED_DTYPES, "F64"):
+            raise InputError(f"{file}: {tensor.name} is {tensor.dtype}; store it as F32 {why}")
+    with _open(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in wanted}
+
+
+def _some(shapes: dict[str, tuple[int, ...]]) -> str:
+    text = str(shapes)
+    return text if len(text) <= 2 * _MAX_NAME else f"{text[: 2 * _MAX_NAME]}..."
 
 
 def _count_known(config: InternVLConfig, stored: list[_Stored], layout: str) -> int:
@@ -353,7 +381,8 @@ def _check_tensors(directory: Path, layout: str, slots: dict[str, Slot], by_name
 
 def _list(kind: str, names: list[str]) -> str:
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{more}"
+    shown = [name if len(name) <= 2 * _MAX_NAME else f"{name[: 2 * _MAX_NAME]}..." for name in names[:SHOWN]]
+    return f"{len(names)} {kind}: {', '.join(shown)}{more}"
 
 
 def _fill(params: dict[str, np.ndarray], slots: dict[str, Slot], by_name: dict[str, list[_Stored]]) -> None:
