@@ -167,6 +167,13 @@ def get_config() -> config_dict.ConfigDict:
     # its newest checkpoint all the same; config.json keeps what it was)
     cfg.resume = "same"
 
+    # Metrics to Weights & Biases too (requirements-wandb.txt; docs/tutorial.md, Watching a run)
+    cfg.wandb = config_dict.ConfigDict()
+    cfg.wandb.project = config_dict.placeholder(str)  # its name there; None: off
+    # online (as `wandb login` has it; a server that cannot be reached makes it offline) | offline (into WORKDIR/wandb,
+    # which `wandb sync` sends later)
+    cfg.wandb.mode = "online"
+
     cfg.input = config_dict.ConfigDict()  # task=score, task=generate
     # Chains to score (.json, .jsonl), or questions to answer (.json, .jsonl, .parquet or a prepared directory)
     cfg.input.path = config_dict.placeholder(str)

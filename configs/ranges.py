@@ -120,6 +120,11 @@ CHECKS = {
     "checkpoints_to_keep": _at_least(1),
     "max_skipped": _at_least(1),
     "resume": _one_of("same", "force"),
+    "wandb.project": (
+        lambda value: value is None or re.fullmatch(r"[^/\\#?%:\s]{1,128}", value) is not None,
+        "a name of 1 to 128 characters without white space, / \\ # ? % and :",
+    ),
+    "wandb.mode": _one_of("online", "offline"),
     "score.history": _one_of("plus", "given"),
     "generate.base_url": (
         lambda value: value is None or re.fullmatch(r"https?://[^@?#\s]+", value) is not None,
@@ -185,6 +190,8 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         raise ValueError(
             f"--config.aggregate={cfg.aggregate}: a meta loss needs a probability: {', '.join(PROBABILITIES)}"
         )
+    if cfg.wandb.project and cfg.task not in ("train", "compare"):
+        raise ValueError(f"--config.wandb.project={cfg.wandb.project}: task={cfg.task} trains nothing; leave it out")
     if cfg.distributed.coordinator and cfg.task not in ("train", "score", "evaluate"):
         raise ValueError(
             f"--config.distributed.coordinator={cfg.distributed.coordinator}: task={cfg.task} is for one process; "
@@ -204,6 +211,10 @@ def validate(cfg: config_dict.ConfigDict) -> None:
         size = cfg[name.partition(".")[0]].batch_size
         if size > cfg.micro_batch_size and size % cfg.micro_batch_size:
             raise ValueError(f"--config.micro_batch_size={cfg.micro_batch_size}: must divide {name} ({size}) as well")
+    _validate_weighting(cfg)
+
+
+def _validate_weighting(cfg: config_dict.ConfigDict) -> None:
     relative = [feature for feature in cfg.weighting.features if feature.startswith("relative_")]
     if cfg.weighting.name == "net" and relative and cfg.batch_size == 1:
         raise ValueError(

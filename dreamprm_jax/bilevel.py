@@ -16,7 +16,7 @@ from dreamprm_jax.types import Batch, BilevelState, PyTree, TrainState
 from dreamprm_jax.weighting import Weighting
 
 Step = Callable[..., tuple[BilevelState, dict[str, jax.Array]]]
-"""(state, *batches) -> (state, metrics): what a training loop drives, jitted."""
+"""`(state, *batches) -> (state, metrics)`: what a training loop drives, jitted."""
 
 
 def init_train_state(inner_tx: optax.GradientTransformation, params: PyTree) -> TrainState:

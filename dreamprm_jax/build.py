@@ -41,8 +41,8 @@ class TrainingData(NamedTuple):
 def record(cfg: Any) -> dict[str, Any]:
     """What a workdir keeps in config.json: the config, and the sha256 of every data file and model that it names.
 
-    It tells them from others of the same name. Which devices and processes do the work is left out: a run may go on
-    with others.
+    It tells them from others of the same name. Which devices and processes do the work and who watches is left out: a
+    run may go on with others.
 
     Raises:
       InputError: a file that cannot be read.
@@ -54,7 +54,7 @@ def record(cfg: Any) -> dict[str, Any]:
     data = {path: _fingerprint(path) for path in paths if path is not None}
     if cfg.model.checkpoint is not None:
         data[cfg.model.checkpoint] = fingerprint_of_model(cfg.model.checkpoint)
-    left_out = ("mesh", "distributed", "resume")
+    left_out = ("mesh", "distributed", "wandb", "resume")
     config = {name: value for name, value in cfg.to_dict().items() if name not in left_out}
     return {"config": config, "data": data}
 

@@ -30,7 +30,7 @@ from dreamprm_jax.comparison_report import Workdirs, write_reports
 from dreamprm_jax.data.noisy_steps import SOURCES, Sizes
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
-from dreamprm_jax.metrics import write_text
+from dreamprm_jax.metrics import check_wandb, write_text
 from dreamprm_jax.workdir import claim_workdir
 from dreamprm_jax.workers import InThisProcess, ended, live_with_parent
 
@@ -57,6 +57,8 @@ def run_comparison(cfg: Any, workdir: Path, configs: Mapping[str, Any]) -> dict[
       InputError: another comparison's workdir, a setting that cannot be, or parts that failed; the others have
         finished then.
     """
+    if cfg.wandb.project is not None:
+        check_wandb()
     settings = sweeps.settings(cfg.compare.sweep, Sizes(**cfg.noisy_steps))
     methods = cfg.compare.methods if cfg.compare.sweep == "none" else cfg.compare.sweep_methods
     workdirs = {setting.name: _workdirs(cfg, workdir, setting, methods) for setting in settings}

@@ -20,7 +20,7 @@ from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
-from dreamprm_jax.metrics import MetricsWriter
+from dreamprm_jax.metrics import MetricsWriter, Wandb, check_wandb
 from dreamprm_jax.models import presets, trained
 from dreamprm_jax.optimizers import derivative_vanishes
 from dreamprm_jax.train import Cadence, Phase, run_phase, stop_signal
@@ -42,6 +42,8 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
       InputError: a user's mistake, see the rooms that read; or another run is at work in the workdir.
       Stopped: a signal asked for it; the run is saved.
     """
+    if watched(cfg):
+        check_wandb()
     with files_of_process(workdir, first=sharding.is_first()) as (own, _), ExitStack() as held:
         sharding.meet("files")  # before the first process changes what the others copy
         lock = cache(lambda: held.enter_context(open_alone(own / LOCK)))
@@ -80,7 +82,8 @@ def _run_training(cfg: Any, workdir: Path, shared: Path, lock: Callable[[], Any]
     for name in ("train", "meta") if cfg.num_steps else ("cold_start",):
         print(f"{name}: {getattr(data, name).describe()}", file=sys.stderr)
     save_model_card(workdir, model.config, model.tokenizer)
-    num_remembered = sharding.table_length(len(data.train)) if cfg.weighting.name == "net" else 0
+    looks_at_rows = cfg.weighting.name == "net"  # at more of them than their number: a weight is known when they come
+    num_remembered = sharding.table_length(len(data.train)) if looks_at_rows else 0
     if is_whole(run[0][0]):
         params, frozen = model.params, {}
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, params, num_remembered, frozen)
@@ -90,6 +93,11 @@ def _run_training(cfg: Any, workdir: Path, shared: Path, lock: Callable[[], Any]
     from dreamprm_jax.results import finish  # plots and statistics: nothing that the first step should wait for
 
     return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
+
+
+def watched(cfg: Any) -> bool:
+    """Whether this process is to tell Weights & Biases of the run: the first one is."""
+    return cfg.wandb.project is not None and sharding.is_first()
 
 
 def parting(cfg: Any) -> Part:
@@ -181,7 +189,8 @@ def train(
             first_step = run[reached][0].first_step + progress["next_step"]
             snapshot = _restored(checkpoints, run[reached], Snapshot(state, progress), part)
         num_steps = sum(phase.num_steps for phase, _ in run)
-        with closing(MetricsWriter(workdir, first_step, num_steps)) as writer:
+        wandb = Wandb(cfg.wandb.project, cfg.wandb.mode, cfg.to_dict()) if watched(cfg) else None
+        with closing(MetricsWriter(workdir, first_step, num_steps, wandb)) as writer:
             for position, (phase, inner_tx) in enumerate(run):
                 if position > reached:
                     snapshot = _begin(phase, inner_tx, snapshot, part)

@@ -301,7 +301,7 @@ def identity(problem: Problem, state: TrainState, meta_params: PyTree, batch: Ba
 
 
 def published_fd(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, meta_batch: Batch) -> Result:
-    """`identity` by the published finite difference: params' +- eps v with eps = 0.01 / |v| (REFERENCE 3)."""
+    """`identity` by the published finite difference: `params' +- eps v` with `eps = 0.01 / |v|` (REFERENCE 3)."""
     new_state, aux, meta_aux, v = _published_parts(problem, state, meta_params, batch, meta_batch)
     batch = last_batch(problem, batch)
     eps = 0.01 / (meta_aux["v_norm"] + 1e-15)

@@ -33,21 +33,22 @@ MetaLoss = Callable[[PyTree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 class Problem(NamedTuple):
     """A bilevel problem as functions; nothing here knows about models, images or text.
 
-    losses: (params, batch) -> (losses [B], outputs), outputs any pytree of float arrays that lead with B, or None.
-      Row i depends on example i alone.
-    weights: (meta_params, batch, outputs) -> instance_weights [B].
-    meta_loss: (params, meta_batch) -> (loss [], aux: dict of arrays for the log).
-    inner_tx: the inner optimizer.
-    num_inner_steps: K. Above 1, every leaf of `batch` leads with K: one batch per step.
-    detached: the inner gradient takes the weights for constants. False lets it flow through them, as published.
-    example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
-      weighted gradient is part of `inner_tx`.)
-    micro_batch_size: rows at a time on each device, at most, whose activations are held together (`in_turns`). None:
-      all of them, but one where every row needs a gradient of its own.
-    mesh: the devices that divide the rows of a batch (sharding.py); None: one.
-
     `batch` is any pytree whose leaves lead with B. Where it has a field or key `example_mask` [B], rows that are false
     there count for nothing.
+
+    Attributes:
+      losses: (params, batch) -> (losses [B], outputs), outputs any pytree of float arrays that lead with B, or None.
+        Row i depends on example i alone.
+      weights: (meta_params, batch, outputs) -> instance_weights [B].
+      meta_loss: (params, meta_batch) -> (loss [], aux: dict of arrays for the log).
+      inner_tx: the inner optimizer.
+      num_inner_steps: K. Above 1, every leaf of `batch` leads with K: one batch per step.
+      detached: the inner gradient takes the weights for constants. False lets it flow through them, as published.
+      example_clip_norm: clip of each example's own gradient before it is weighted; None for no clip. (A clip of the
+        weighted gradient is part of `inner_tx`.)
+      micro_batch_size: rows at a time on each device, at most, whose activations are held together (`in_turns`). None:
+        all of them, but one where every row needs a gradient of its own.
+      mesh: the devices that divide the rows of a batch (sharding.py); None: one.
     """
 
     losses: Callable[[PyTree, Batch], Values]
@@ -277,7 +278,7 @@ def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[V
 
 
 def clip_factor(problem: Problem, norm: jax.Array) -> jax.Array:
-    """min(1, clip / |grad l_i|), elementwise."""
+    """`min(1, clip / |grad l_i|)`, elementwise."""
     if problem.example_clip_norm is None:
         return jnp.ones_like(norm)
     clip = problem.example_clip_norm

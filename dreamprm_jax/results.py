@@ -41,7 +41,7 @@ def instance_weights(
     not finite.
     """
     num_rows = len(data.train)
-    if cfg.weighting.name == "net":
+    if state.last_weights:
         found = sharding.fetch(model.config.mesh, state.last_weights["rows"])
     else:
         every = Batch(*[None] * 6, example_id=np.arange(num_rows), example_mask=np.ones(num_rows, bool))

@@ -19,10 +19,11 @@ from dreamprm_jax.types import Batch, PyTree
 class Weighting(NamedTuple):
     """A family of instance weights.
 
-    init: () -> meta_params.
-    apply: (meta_params, batch, outputs) -> instance_weights [B]; `outputs` is what `Problem.losses` returned
-      beside the losses, for weightings that look at the model.
-    project: meta_params -> meta_params inside the permitted set; applied after every outer step.
+    Attributes:
+      init: () -> meta_params.
+      apply: (meta_params, batch, outputs) -> instance_weights [B]; `outputs` is what `Problem.losses` returned
+        beside the losses, for weightings that look at the model.
+      project: meta_params -> meta_params inside the permitted set; applied after every outer step.
     """
 
     init: Callable[[], PyTree]
@@ -53,11 +54,12 @@ def instance_table(num_examples: int, activation: str, minimum: float, maximum: 
     Args:
       num_examples: rows of the training set; `example_id` indexes them.
       activation: how a raw entry becomes a weight.
-        "projected": as it stands, kept in [minimum, maximum] by projection after each outer step, so that an entry
+
+        - "projected": as it stands, kept in [minimum, maximum] by projection after each outer step, so that an entry
           on its bound can come back. A clip when reading has derivative 0 outside the range: what left it is lost
           while its raw value drifts on.
-        "clip": that clip, as published (range -1 to 3).
-        "softplus": log(1 + e^x), positive and unbounded. "sigmoid": `maximum` sigmoid(x).
+        - "clip": that clip, as published (range -1 to 3).
+        - "softplus": log(1 + e^x), positive and unbounded. "sigmoid": `maximum` sigmoid(x).
       minimum, maximum: the range; "softplus" has none, "sigmoid" begins at 0.
 
     Raises:

@@ -127,7 +127,7 @@ def files_of_process(workdir: Path, output: str | None = None, *, first: bool) -
     with tempfile.TemporaryDirectory() as folder:
         own, outputs = Path(folder) / "workdir", Path(folder) / "output"  # the output may have any name
         if workdir.is_dir():
-            shutil.copytree(workdir, own, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "*.tmp"))
+            shutil.copytree(workdir, own, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "wandb", "*.tmp"))
         outputs.mkdir()
         if output is not None and Path(output).is_file():
             shutil.copy(output, outputs)

@@ -55,4 +55,25 @@ def value_of(text):
     """A flag's value: a number, a list of them, a truth, or else text."""
     if "," in text:
         return tuple(map(value_of, text.split(",")))
-    return int(text) if text.isdecimal() else {"true": True, "false": False}.get(text, text)
+    return int(text) if text.isdecimal() else {"true": True, "false": False}.get(text.lower(), text)
+
+
+TESTS_NAMED = [
+    pytest.param(*found, id=f"{path.name} {' '.join(found)}")
+    for path in sorted(DOCS.glob("*.md"))
+    for found in dict.fromkeys(re.findall(r"pytest (tests/\w+\.py)(?: -k (\w+))?", path.read_text()))
+]
+
+
+@pytest.mark.parametrize(("file", "word"), TESTS_NAMED)
+def test_a_test_that_the_docs_name_is_there(file, word):
+    names = re.findall(r"^def (test_\w+)", (DOCS.parent / file).read_text(), re.MULTILINE)
+    assert any(word in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({name for path in DOCS.glob("*.md") for name in re.findall(r"-m (benchmarks\.\w+)", path.read_text())}),
+)
+def test_a_benchmark_that_the_docs_name_is_there(name):
+    assert (DOCS.parent / f"{name.replace('.', '/')}.py").is_file()

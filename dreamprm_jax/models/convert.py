@@ -240,8 +240,7 @@ def fingerprint(source: str | Path) -> str:
     Raises:
       InputError: as `load_checkpoint`, of the files that are missing.
     """
-    directory = checkpoint_directory(source)
-    hashes = {}
+    directory, hashes = checkpoint_directory(source), {}
     for file in (directory / "config.json", *_weight_files(directory)):
         with file.open("rb") as content:
             hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
@@ -456,9 +455,8 @@ def save_checkpoint(
 ) -> None:
     """Write config.json and model.safetensors, or shards with an index above `max_shard_bytes`.
 
-    `image_token_id`: of `<IMG_CONTEXT>` in the model's tokenizer.
-
     What `load_checkpoint` gives back is equal to the bit for float32, and rounded once for bfloat16.
+    `image_token_id`: of `<IMG_CONTEXT>` in the model's tokenizer.
 
     Raises:
       InputError: the directory holds weights that this would not overwrite, and that would be read as duplicates.
