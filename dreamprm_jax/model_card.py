@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dreamprm_jax.checkpoint import CHECKPOINTS, saved_progress
 from dreamprm_jax.data.prepared import VERSION
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.models.convert import HUB_ID
+from dreamprm_jax.models.hub import HUB_ID
 from dreamprm_jax.models.presets import InternVLConfig
 from dreamprm_jax.types import SUPERVISED
 from dreamprm_jax.weight_files import read_weights, weight_figures

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dreamprm_jax.errors import InputError, printable
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^@]+))?")
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^@]+))?")
 
 
 def checkpoint_directory(source: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
@@ -20,7 +20,7 @@ def checkpoint_directory(source: str | Path, files: tuple[str, ...] = ("*.json",
     """
     if Path(source).is_dir():
         return Path(source)
-    hub_id = _HUB_ID.fullmatch(str(source))
+    hub_id = HUB_ID.fullmatch(str(source))
     if Path(source).exists() or hub_id is None:
         raise InputError(f"{source}: not a directory, and not a Hub id (org/name or org/name@revision)")
     return _download(hub_id["repo"], hub_id["revision"], files)
