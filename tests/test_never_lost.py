@@ -26,7 +26,7 @@ from dreamprm_jax.experiment import run_training
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 REPOSITORY = Path(__file__).parent.parent
-NUM_STEPS = 43  # of a run by `command`
+NUM_STEPS = 40  # of a run by `command`, which has one phase: each start traces its step anew
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,8 +47,8 @@ def environment(compilation_cache):
 
 def command(workdir, *flags):
     return [
-        sys.executable, "run.py", "--config=tests/small_run.py", f"--workdir={workdir}", "--config.num_steps=40",
-        *flags,
+        sys.executable, "run.py", "--config=tests/small_run.py", f"--workdir={workdir}",
+        f"--config.num_steps={NUM_STEPS}", "--config.pretrain.num_steps=0", "--config.cold_start.num_steps=0", *flags,
     ]  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_a_run_with_a_word_and_costs_nothing(small_disk, environment, whole):
     """Full before the first step, within the run, and by what something else writes during a save."""
     filler, workdir = small_disk / "filler", small_disk / "run"
-    size = sum(path.stat().st_size for path in (whole / "checkpoints/43").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in (whole / f"checkpoints/{NUM_STEPS}").rglob("*") if path.is_file())
     outcomes = []
     for left in (size // 2, 3 * size, int(2.2 * size), None):
         filler.unlink(missing_ok=True)
