@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,6 +28,7 @@ from dreamprm_jax.data.example import GPT, PLUS, Example
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.metrics import METRICS_FILE, read_json_lines, to_json, write_json_lines
 from dreamprm_jax.models import internvl, presets
+from dreamprm_jax.programs import is_out_of_memory
 from dreamprm_jax.types import Continuations, Prefix, PyTree
 from dreamprm_jax.workdir import check_output, claim_workdir, files_of_process, open_alone
 
@@ -145,13 +146,36 @@ def _score_batches(
     sent: list[tuple[sharing.SharedBatch, list[Any]]] = []
     for _ in range(count):
         batch = next(stream)
-        prefix, conts = (sharding.place_rows(model.config.mesh, tree) for tree in (batch.prefix, batch.parts))
-        past = begin(model.config, model.params, prefix)
-        parts = [score_part(model.config, plus, minus, model.params, past, part) for part in conts]
-        sent.append((batch, parts))
-        if len(sent) > 1:
-            yield _fetch(*sent.pop(0))
-    yield from (_fetch(*waiting) for waiting in sent)
+        with _memory_named(batch):
+            prefix, conts = (sharding.place_rows(model.config.mesh, tree) for tree in (batch.prefix, batch.parts))
+            past = begin(model.config, model.params, prefix)
+            parts = [score_part(model.config, plus, minus, model.params, past, part) for part in conts]
+            sent.append((batch, parts))
+            done = _fetch(*sent.pop(0)) if len(sent) > 1 else None
+        if done is not None:
+            yield done
+    for batch, parts in sent:
+        with _memory_named(batch):
+            done = _fetch(batch, parts)
+        yield done
+
+
+@contextmanager
+def _memory_named(batch: sharing.SharedBatch) -> Iterator[None]:
+    """Says which shapes did not fit the device's memory, and what takes less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        (rows, tokens), tiles = batch.prefix.tokens.shape, batch.prefix.tiles.shape[1]
+        longest = max(part.tokens.shape[1] for part in batch.parts)
+        raise InputError(
+            f"scoring {rows} prompts of {tokens} tokens and {tiles} tiles, with {longest} tokens of chains each: the "
+            "device's memory does not suffice; lower what it takes with one of --config.images.max_tiles, "
+            "--config.model.compute_dtype=bfloat16, --config.model.param_dtype=bfloat16, or divide the prompts among "
+            "devices (--config.mesh.data). The same command goes on after the scores that are written"
+        ) from error
 
 
 def _fetch(batch: sharing.SharedBatch, parts: list[Any]) -> dict[int, tuple[np.ndarray, np.ndarray]]:

@@ -12,6 +12,7 @@ from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, sharing
 from dreamprm_jax.data.dataset import encode_all
 from dreamprm_jax.data.example import GPT, HUMAN, Turn
+from dreamprm_jax.errors import InputError
 from dreamprm_jax.models import internvl, presets
 from tests.test_batches import ROWS, SPEC, TOKENIZER, encode, png, text_only
 from tests.test_sharing import chains_of_a_question
@@ -213,3 +214,13 @@ def test_labels_in_the_text_are_all_plus_when_a_chain_is_judged():
 
 def test_the_embedded_spec_is_what_these_tests_take_it_for():
     assert SPEC.tokens_per_tile == CONFIG.image_tokens_per_tile and SPEC.tile_size == CONFIG.vision.image_size
+
+
+def test_too_little_device_memory_names_the_prompt_and_what_takes_less(model, monkeypatch):
+    def begin(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 85.45GiB")
+
+    monkeypatch.setattr(scoring, "begin", begin)
+    told = r"scoring \d+ prompts of \d+ tokens and \d tiles, .*--config.images.max_tiles.* The same command goes on"
+    with pytest.raises(InputError, match=told):
+        scoring.score_dataset(model, encode(mixed_rows(), max_shapes=6), batch_size=4, aggregate="mean")
