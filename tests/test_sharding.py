@@ -178,11 +178,11 @@ def start(workdir, log, devices, *arguments):
     return subprocess.Popen(command, cwd=ROOT, env=with_devices(devices), stdout=log, stderr=log)
 
 
-def start_two(workdir, logs):
+def start_two(workdir, logs, *arguments):
     shared = [f"--config.distributed.coordinator=localhost:{free_port()}", "--config.distributed.num_processes=2"]
     return [
         start(workdir, log, 2, "--config.mesh.data=2", "--config.mesh.fsdp=2", *shared,
-              f"--config.distributed.process_id={number}")
+              f"--config.distributed.process_id={number}", *arguments)
         for number, log in enumerate(logs)
     ]  # fmt: skip
 
@@ -202,6 +202,22 @@ def test_processes_agree_on_what_they_decide_by():
     command = [sys.executable, TESTS / "two_processes.py", port]
     two = [subprocess.Popen([*command, number], env=with_devices(1)) for number in ("0", "1")]
     assert [process.wait(timeout=120) for process in two] == [0, 0]
+
+
+def test_a_signal_to_one_of_two_processes_saves_for_both(tmp_path):
+    """All stop before the same step, as JAX's preemption service has it."""
+    shared = tmp_path / "shared"
+    with (tmp_path / "log").open("w+b") as log, (tmp_path / "log1").open("w+b") as log1:
+        two = start_two(shared, (log, log1), "--config.checkpoint_every=1000")
+        while len(metrics(shared)) < 5 and all(process.poll() is None for process in two):
+            time.sleep(0.05)
+        two[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=600) for process in two] == [143, 143], (
+            log1.seek(0) or log1.read()[-3000:].decode()
+        )
+    saved = max(int(path.name) for path in (shared / "checkpoints").iterdir())
+    assert 5 <= saved == len(metrics(shared)) < 12
+    assert f"the run is saved up to step {saved}" in (tmp_path / "log").read_text()
 
 
 def test_two_processes_share_a_run_and_one_goes_on_with_it(tmp_path):
