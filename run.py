@@ -213,8 +213,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return leave(2)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return leave(128 + stopped.number)  # as a shell has it
+        print(stopped, file=sys.stderr, flush=True)
+        os._exit(128 + stopped.number)  # as a shell has it; a usual exit would wait for what is being compiled
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()

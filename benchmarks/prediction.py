@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from configs import table
 from dreamprm_jax import bilevel, build, hypergradient, steps
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.inner import Problem, inner_gradient, inner_steps
+from dreamprm_jax.loading import load_model
 from dreamprm_jax.types import Batch, BilevelState, PyTree
 
 NUM_DIRECTIONS = 4  # random ones at each point

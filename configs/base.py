@@ -78,6 +78,10 @@ def get_config() -> config_dict.ConfigDict:
         cfg[level].images = config_dict.placeholder(str)  # image root; None: the file's own directory
         cfg[level].order = config_dict.placeholder(str)  # JSON list of row numbers to replay; None: shuffle
 
+    # Share of the meta set's questions that no step sees, in [0, 1): the loss on them at checkpoints of the weighted
+    # phase tells the best one, which is kept and scores (docs/bilevel.md). 0: none, and the last one scores
+    cfg.meta.held_out = 0.0
+
     cfg.noisy_steps = config_dict.ConfigDict(noisy_steps.Sizes()._asdict())  # the embedded benchmark: see Sizes
 
     # Plain supervised training before the weighting starts. pretrain: the embedded benchmark's stand-in for a

@@ -68,6 +68,7 @@ CHECKS = {
     "mesh.tensor": _at_least(1),
     "images.tile_budget": _at_least(1),
     "images.max_tiles": ((lambda value: 1 <= value <= 40), "from 1 to 40"),
+    "meta.held_out": ((lambda value: 0 <= value < 1), "at least 0 and below 1"),
     **{
         f"{phase}.{field}": _at_least(minimum)
         for phase in SUPERVISED
@@ -198,6 +199,7 @@ def validate(cfg: config_dict.ConfigDict) -> None:
             "several share training, scores and evaluations"
         )
     _validate_processes(cfg.distributed)
+    _validate_held_out(cfg)
     if cfg.prepare.balance != "none" and cfg.prepare.sample is None:
         raise ValueError(
             f"--config.prepare.balance={cfg.prepare.balance}: where all rows are taken there is nothing to balance; "
@@ -240,6 +242,14 @@ def _validate_weighting(cfg: config_dict.ConfigDict) -> None:
 def _without_secrets(value):
     """A value for a message: of an address without what may be a password or a key in it."""
     return re.sub(r"(?<=//)[^/]*@|[?#].*", "[hidden]", value) if isinstance(value, str) else value
+
+
+def _validate_held_out(cfg: config_dict.ConfigDict) -> None:
+    flag = f"--config.meta.held_out={cfg.meta.held_out}"
+    if cfg.meta.held_out and cfg.recipe == "published":
+        raise ValueError(f"{flag}: the published code holds nothing out; leave it at 0, or take another recipe")
+    if cfg.meta.held_out and cfg.meta.order is not None:
+        raise ValueError(f"{flag}: meta.order replays rows exactly, whichever they are; give one of the two")
 
 
 def _validate_processes(given: config_dict.ConfigDict) -> None:

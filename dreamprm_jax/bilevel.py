@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +68,16 @@ def outer_step(
 ) -> tuple[PyTree, PyTree]:
     """One step of the outer optimizer, then the projection onto the permitted weights.
 
-    A meta-gradient that is not finite leaves both as they are.
+    A meta-gradient that is not finite leaves both as they are, but for counters: a schedule is by steps.
     """
     updates, new_state = meta_tx.update(meta_grad, meta_opt_state, meta_params)
     moved = weighting.project(optax.apply_updates(meta_params, updates)), new_state
     finite = is_finite(meta_grad)
-    return jax.tree.map(partial(jax.lax.select, finite), moved, (meta_params, meta_opt_state))
+
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        return new if jnp.issubdtype(old.dtype, jnp.integer) and not old.ndim else jax.lax.select(finite, new, old)
+
+    return jax.tree.map(kept, moved, (meta_params, meta_opt_state))
 
 
 def bilevel_step(

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamprm_jax import losses, weighting
-from dreamprm_jax.checkpoint import Model, fingerprint_of_model
+from dreamprm_jax import held_out, losses, weighting
 from dreamprm_jax.data import batches, noisy_steps, prepared, raw, records
 from dreamprm_jax.data.bad_rows import OnError
 from dreamprm_jax.data.dataset import Dataset, ImageSpec, encode_all, first_rows, with_shapes
@@ -22,6 +21,7 @@ from dreamprm_jax.data.example import Example
 from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem, micro_batched
+from dreamprm_jax.loading import Model, fingerprint_of_model
 from dreamprm_jax.models import convert, internvl, presets, trained
 from dreamprm_jax.sharding import num_row_shards, table_length
 from dreamprm_jax.types import SUPERVISED, WHOLE, Batch, PyTree, Share
@@ -36,6 +36,7 @@ class TrainingData(NamedTuple):
     meta: Dataset | None
     questions: tuple[noisy_steps.Question, ...]
     test: Dataset | None
+    held_out: Dataset | None = None  # rows of the meta set's file that are not in `meta`
 
 
 def record(cfg: Any) -> dict[str, Any]:
@@ -130,18 +131,26 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
     if is_embedded(cfg):
         splits = noisy_steps.make(cfg.seed, noisy_steps.Sizes(**cfg.noisy_steps))
         test = [example for question in splits.test for example in question.examples]
-        meta = encode(splits.meta, outcome_targets=True)
+        meta, apart = _parted(cfg, encode(splits.meta, outcome_targets=True))
         cold_start, train = encode([*splits.pretrain, *splits.cold_start]), encode(splits.train)
         pretrain = None
         if cfg.pretrain.num_steps:
             pretrain = first_rows(cold_start, len(splits.pretrain), cfg.data.max_shapes)
-        return TrainingData(pretrain, cold_start, train, meta, tuple(splits.test), encode(test))
+        return TrainingData(pretrain, cold_start, train, meta, tuple(splits.test), encode(test), apart)
     train = encode(read_file(cfg.train, "train"), soft_labels=cfg.soft_labels)
-    meta = None
+    meta = apart = None
     if cfg.num_steps:
         meta = encode(read_file(cfg.meta, "meta", outcome_required=True), outcome_targets=True)
+        meta, apart = _parted(cfg, meta)
         train, meta = with_shapes([train, meta], cfg.data.max_shapes)
-    return TrainingData(None, train, train, meta, (), None)
+    return TrainingData(None, train, train, meta, (), None, apart)
+
+
+def _parted(cfg: Any, meta: Dataset) -> tuple[Dataset, Dataset | None]:
+    """What the steps see of the meta set, and what is held out."""
+    if not (cfg.meta.held_out and cfg.num_steps):
+        return meta, None
+    return held_out.part(meta, cfg.meta.held_out, cfg.seed, cfg.data.max_shapes)
 
 
 def plan_of(cfg: Any, stream: str, dataset: Dataset) -> batches.Plan:

@@ -1,23 +1,22 @@
-"""Orbax checkpoints of a whole run, and the one place where a model is loaded from wherever it lies.
+"""Orbax checkpoints of a whole run.
 
 A checkpoint holds the state of both levels and the number of the next step, of which every batch is a function: what
 a killed run needs to go on bit for bit. What is frozen is in every one: less than the moments that a whole model would
 have, and a checkpoint suffices by itself. It also holds a sum over each array's bits, by which what is read is known to
-be what was saved. A workdir also keeps the model's config and tokenizer, so that it can be loaded alone.
+be what was saved.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +25,13 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from dreamprm_jax import sharding
-from dreamprm_jax.data import noisy_steps
-from dreamprm_jax.data.tokens import PRMTokenizer, load_tokenizer, wrap
-from dreamprm_jax.documents import is_bomb
 from dreamprm_jax.errors import InputError
-from dreamprm_jax.metrics import write_text
-from dreamprm_jax.models import config_json, convert, hub, internvl, presets, trained
-from dreamprm_jax.models.layers import choose_attention
+from dreamprm_jax.held_out import LOSS
+from dreamprm_jax.models import trained
 from dreamprm_jax.programs import is_out_of_memory
 from dreamprm_jax.types import BilevelState, PyTree
 
-CHECKPOINTS, MODEL, DAMAGED = "checkpoints", "model", "damaged"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 _SHOWN = 200  # characters of what a library says of a damaged file
 
 
@@ -44,7 +39,15 @@ class Snapshot(NamedTuple):
     """What is saved: everything but the config."""
 
     state: BilevelState
-    progress: dict[str, Any]  # JSON: the phase, its next step, seconds so far
+    progress: dict[str, Any]  # JSON: the phase, its next step, seconds so far, what was measured on held-out rows
+
+
+class Best(NamedTuple):
+    """The checkpoint of the lowest held-out loss."""
+
+    step: int
+    held_out_loss: float
+    is_latest: bool
 
 
 class Damaged(Exception):
@@ -52,17 +55,23 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, by the run's step (cold start included).
+    """The checkpoints of one workdir, by the run's step (cold start included): the last `keep`, and the best.
+
+    The best is that of the lowest held-out loss, of equal ones the first; `measured` says whether any will have one.
 
     They are written in the background, and have their name once they are whole: a kill at any moment leaves those that
     were there. Errors of a background write are raised by the next call.
     """
 
-    def __init__(self, workdir: Path, keep: int):
-        self._workdir, self._folder = workdir, (workdir / CHECKPOINTS).absolute()
+    def __init__(self, workdir: Path, keep: int, measured: bool = False):
+        self._workdir, self._folder, self._measured = workdir, (workdir / CHECKPOINTS).absolute(), measured
+        found = _damaged_metrics(self._folder)
+        sharding.meet("metrics are read")
+        if found is not None:
+            self._set_aside(*found)
         self._manager = ocp.CheckpointManager(
             self._folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep)),
+            options=_options(keep, measured),
             item_handlers={"arrays": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
         )
 
@@ -82,7 +91,9 @@ class Checkpoints:
                 "sums": bit_sums(snapshot.state),
             }
             arrays = ocp.args.StandardSave(snapshot.state)
-            self._manager.save(step, args=ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress)))
+            items = ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress))
+            metrics = {LOSS: progress[LOSS], "step": step} if LOSS in progress else {}
+            self._manager.save(step, args=items, metrics=metrics if self._measured else None)
 
     def check_room(self, state: BilevelState) -> None:
         """Whether the disk has room for one more checkpoint.
@@ -116,7 +127,8 @@ class Checkpoints:
         with self._set_aside_if_damaged(step):
             arguments = ocp.args.Composite(progress=ocp.args.JsonRestore())
             progress = self._manager.restore(step, args=arguments)["progress"]
-            return {name: progress[name] for name in ("phase", "next_step", "seconds", "sums")}
+            found = {name: progress[name] for name in ("phase", "next_step", "seconds", "sums")}
+            return {**found, "held_out_rows": progress.get("held_out_rows")}
 
     def restore_latest(self, template: BilevelState, sums: dict[str, int]) -> BilevelState:
         """The newest snapshot's state, shaped and placed as `template` says, arrays or shapes.
@@ -133,6 +145,23 @@ class Checkpoints:
             check_sums(state, sums)
             return state
 
+    def best(self) -> Best | None:
+        """The best one; None where none was measured."""
+        self._manager.wait_until_finished()
+        step = _best_step(self._manager)
+        if step is None:
+            return None
+        return Best(step, self._manager.metrics(step)[LOSS], step == self._manager.latest_step())
+
+    def read_params(self, step: int, mesh: Mesh | None) -> PyTree:
+        """The whole parameters that score of a checkpoint.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
+        with self._set_aside_if_damaged(step), _reader(self._workdir) as manager:
+            return scoring_params(manager, step, mesh)
+
     def close(self) -> None:
         """Waits for what is being written.
 
@@ -146,18 +175,26 @@ class Checkpoints:
     def _set_aside_if_damaged(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (InputError, PermissionError):
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # whatever a reader makes of bytes that nobody wrote
-            if is_out_of_memory(error) or is_full(error):
-                raise
-            damaged, kept = self._folder / str(step), self._workdir / DAMAGED / str(step)
-            if sharding.is_first():
-                kept.parent.mkdir(exist_ok=True)
-                shutil.rmtree(kept, ignore_errors=True)
-                damaged.rename(kept)
-            sharding.meet(f"damaged {step}")
-            raise Damaged(f"{damaged}: is damaged ({_line_of(error)}), and now in {kept}") from error
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # the disk's own trouble, which says nothing of the bytes
+            self._set_aside(step, error)
+
+    def _set_aside(self, step: int, error: Exception) -> NoReturn:
+        damaged, kept = self._folder / str(step), self._workdir / DAMAGED / str(step)
+        if sharding.is_first():
+            kept.parent.mkdir(exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            damaged.rename(kept)
+        sharding.meet(f"damaged {step}")
+        if not any(path.name.isdecimal() for path in self._folder.iterdir()):
+            raise InputError(
+                f"{damaged}: is damaged ({_line_of(error)}), was the only one, and is now in {kept}; the same command "
+                "begins the run anew"
+            ) from error
+        raise Damaged(f"{damaged}: is damaged ({_line_of(error)}), and now in {kept}") from error
 
     @contextmanager
     def _told_when_full(self) -> Iterator[None]:
@@ -175,6 +212,43 @@ class Checkpoints:
         )
 
 
+def _options(num_latest: int | None, measured: bool) -> ocp.CheckpointManagerOptions:
+    """Which ones Orbax keeps: the last so many (None: all) and the best. `measured`: those saved have metrics."""
+    best = checkpoint_managers.BestN(get_metric_fn=_rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(num_latest), best])
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=_rank if measured else None,
+        best_mode="min",
+        cleanup_tmp_directories=num_latest is not None,  # what a kill cut short, where nobody else writes
+    )
+
+
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """The lowest is best: Orbax takes the last of equal ones, and the step makes none equal."""
+    return metrics.get(LOSS, math.inf), metrics.get("step", math.inf)
+
+
+def _best_step(manager: ocp.CheckpointManager) -> int | None:
+    step = manager.best_step()
+    return step if step is not None and manager.metrics(step) else None
+
+
+def _damaged_metrics(folder: Path) -> tuple[int, Exception] | None:
+    """A checkpoint whose metrics are not those of its progress, and why: Orbax reads them when it opens the folder."""
+    for path in sorted(folder.glob("*/metrics/metrics")):
+        if path.parts[-3].isdigit():
+            try:
+                metrics, progress = (
+                    json.loads(item.read_bytes()) for item in (path, path.parents[1] / "progress/metadata")
+                )
+                if metrics.get(LOSS) != progress.get(LOSS):
+                    raise ValueError(f"{LOSS} is {metrics.get(LOSS)} in metrics, {progress.get(LOSS)} in progress")
+            except (ValueError, AttributeError, FileNotFoundError) as error:
+                return int(path.parts[-3]), error
+    return None
+
+
 def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota had no room, as the system says it or as text in a library's error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -188,7 +262,7 @@ def bit_sums(tree: PyTree) -> dict[str, int]:
     Each entry counts by its place, so that two that have changed places are told, and by an odd number, so that no
     change of a single one goes unseen.
     """
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return {name: int(total) for name, total in jax.device_get(_sums_of(leaves)).items()}
 
 
@@ -218,7 +292,7 @@ def check_sums(tree: PyTree, sums: dict[str, int]) -> None:
 
 def _check_shapes(folder: Path, saved: PyTree, template: PyTree) -> None:
     found, wanted = (
-        {_name(path): (tuple(leaf.shape), str(jnp.dtype(leaf.dtype))) for path, leaf in leaves}
+        {name_of(path): (tuple(leaf.shape), str(jnp.dtype(leaf.dtype))) for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, template))
     )
     for name in sorted({*found, *wanted}):
@@ -229,7 +303,7 @@ def _check_shapes(folder: Path, saved: PyTree, template: PyTree) -> None:
             )
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -241,186 +315,21 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-class Model(NamedTuple):
-    """A process reward model: its shape, its parameters, its tokenizer."""
-
-    config: presets.InternVLConfig
-    params: PyTree
-    tokenizer: PRMTokenizer
-
-
-def fingerprint_of_model(checkpoint: str) -> str:
-    """What a run keeps to know the model it began from again: a hash of all files that are read of it.
-
-    Args:
-      checkpoint: as `load_model` takes it. Of a workdir of ours its newest checkpoint counts.
-
-    Raises:
-      InputError: there is none.
-    """
-    folder = Path(checkpoint) / CHECKPOINTS
-    if not folder.is_dir():
-        return convert.fingerprint(checkpoint)
-    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
-    if not steps:
-        raise InputError(f"{folder}: holds no finished checkpoint; let the run reach its first save")
-    newest = max(steps, key=lambda path: int(path.name))
-    hashes = {}
-    for path in sorted((*newest.rglob("*"), Path(checkpoint) / MODEL / "config.json")):
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
-def save_model_card(workdir: Path, config: presets.InternVLConfig, tokenizer: PRMTokenizer) -> None:
-    """Keeps the model's config and tokenizer beside the checkpoints, so that the workdir can be loaded alone."""
-    (workdir / MODEL).mkdir(parents=True, exist_ok=True)
-    write_text(workdir / MODEL / "config.json", config_json.config_to_json(config, "original"))
-    write_text(workdir / MODEL / "tokenizer.json", tokenizer.tokenizer.to_str())
-
-
-def load_model(cfg: Any, seed: int, forward_mode: bool = False, mesh: Mesh | None = None) -> Model:
-    """Loads what `cfg` (the config's `model`) names, and applies its compute settings.
-
-    Args:
-      cfg: `checkpoint` is a directory in either InternVL layout, a Hub id, a workdir of ours, or None for a
-        fresh tiny model with the embedded benchmark's tokenizer; `tokenizer` a directory or a Hub id, where it is not
-        beside the weights.
-      seed: of fresh parameters.
-      forward_mode: whether the model will be pushed forward or differentiated twice: what `attention=auto` may take.
-      mesh: devices that it is divided among; None: one.
-
-    Raises:
-      InputError: names what is missing or does not fit.
-    """
-    attention = _attention(cfg, forward_mode)
-    if cfg.checkpoint is None:
-        tokenizer = wrap(noisy_steps.tokenizer())
-        config = presets.tiny(tokenizer.vocab_size)
-        # XLA's own generator: the default one takes three times as long to compile for this many arrays.
-        params = internvl.init(config, jax.random.key(seed, impl="rbg"))
-    elif (Path(cfg.checkpoint) / CHECKPOINTS).is_dir():
-        config, params = load_workdir(Path(cfg.checkpoint), mesh)
-        tokenizer = load_tokenizer(_tokenizer_directory(cfg.tokenizer) or Path(cfg.checkpoint) / MODEL)
-    else:
-        if (Path(cfg.checkpoint) / "config.json").is_file():
-            _refuse_unsaved_run(Path(cfg.checkpoint))
-        directory = hub.checkpoint_directory(cfg.checkpoint)
-        tokenizer = load_tokenizer(_tokenizer_directory(cfg.tokenizer) or directory)
-        config, params = convert.load_checkpoint(directory)
-    if tokenizer.vocab_size > config.language.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding {config.language.vocab_size} "
-            "rows: set model.tokenizer to the checkpoint's own"
-        )
-    _check_heads(config, mesh)
-    config = dataclasses.replace(
-        config,
-        remat=cfg.remat,
-        compute_dtype=cfg.compute_dtype,
-        attention=attention,
-        scan_unroll=cfg.scan_unroll or config.scan_unroll,
-        mesh=mesh,
-    )
-    params = jax.tree.map(lambda leaf: leaf.astype(cfg.param_dtype), params)
-    if cfg.checkpoint is not None:  # before it is on the device; a fresh model is trained as a whole first
-        params = trained.as_kept(params, cfg.trained, cfg.compute_dtype)
-    return Model(config, sharding.place(mesh, params), tokenizer)
-
-
-def _tokenizer_directory(source: str | Path | None) -> Path | None:
-    """Where `model.tokenizer` lies; a Hub id's tokenizer.json is downloaded, and nothing else of it."""
-    return None if source is None else hub.checkpoint_directory(source, ("tokenizer.json",))
-
-
-def _refuse_unsaved_run(directory: Path) -> None:
-    """Raises an InputError where a directory is a workdir of ours, which holds no checkpoint as yet."""
-    if {"config", "data"} <= config_json.read_config_json(directory / "config.json").keys():
-        raise InputError(
-            f"{directory}: a run's workdir without {CHECKPOINTS}/; let the run reach its first save, or give the model "
-            "that it was run with"
-        )
-
-
-def _check_heads(config: presets.InternVLConfig, mesh: Mesh | None) -> None:
-    """Heads are whole on a device.
-
-    Raises:
-      InputError: the mesh's `tensor` does not divide the heads of both towers.
-    """
-    ways, heads = mesh.shape["tensor"] if mesh else 1, (config.vision.num_heads, config.language.num_heads)
-    if any(number % ways for number in heads):
-        fitting = [n for n in range(1, min(heads) + 1) if not any(number % n for number in heads)]
-        raise InputError(
-            f"--config.mesh.tensor={ways}: does not divide the {heads[0]} heads of the vision tower and the {heads[1]} "
-            f"of the language model; choose from {', '.join(map(str, fitting))}"
-        )
-
-
-def _attention(cfg: Any, forward_mode: bool) -> str:
-    """`attention` of the config's `model`, `auto` resolved; the arguments are those of `load_model`.
-
-    Raises:
-      InputError: "cudnn" is asked for where it cannot serve.
-    """
-    best = choose_attention(cfg.compute_dtype, forward_mode)
-    if cfg.attention == "cudnn" and best != "cudnn":
-        raise InputError(
-            "--config.model.attention=cudnn: needs an NVIDIA GPU (Ampere or later), --config.model.compute_dtype="
-            "bfloat16, and an estimator without forward mode (dot, recompute, published_fd); take auto or xla"
-        )
-    return best if cfg.attention == "auto" else cfg.attention
-
-
-def load_workdir(workdir: Path, mesh: Mesh | None = None) -> tuple[presets.InternVLConfig, PyTree]:
-    """The newest parameters of a run of ours, whole, whatever of them it trains; on that mesh, whichever it ran on.
-
-    Raises:
-      InputError: no finished checkpoint in it, a damaged one, or one of another model than its config.json says.
-    """
-    config = config_json.config_from_json(workdir / MODEL / "config.json")
-    with _reading(workdir) as (manager, step):
-        return config, _scoring_params(manager, workdir / CHECKPOINTS / str(step), config, mesh)
-
-
-def _scoring_params(
-    manager: ocp.CheckpointManager, folder: Path, config: presets.InternVLConfig, mesh: Mesh | None
-) -> PyTree:
-    """Of a checkpoint only the parameters that score: moments and table of a 1B run are three times their size."""
-    step = int(folder.name)
-    progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-    averaged, saved = progress["averaged"], manager.item_metadata(step)["arrays"].tree
-    moved = {"ema": saved["ema"]} if averaged else {"train": {"params": saved["train"]["params"]}}
-    wanted = sharding.shapes(mesh, {**moved, "frozen": saved["frozen"]})
-    part = lambda tree: tree["ema"] if averaged else tree["train"]["params"]  # noqa: E731
-    _check_stored(folder, config, wanted, jax.eval_shape(trained.whole, part(wanted), wanted["frozen"]))
-    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-    restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-    arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
-    check_sums(arrays, progress["sums"])
-    return trained.whole(part(arrays), arrays["frozen"])
-
-
-def saved_progress(workdir: Path) -> dict[str, Any]:
-    """What a run's newest checkpoint says of itself: `step` of the run, its `phase`, `next_step` there, `averaged`.
-
-    Raises:
-      InputError: no finished checkpoint in it, or the newest is damaged.
-    """
-    with _reading(workdir) as (manager, step):
-        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-        return {name: progress[name] for name in ("phase", "next_step", "averaged")} | {"step": step}
-
-
 @contextmanager
-def _reading(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """The checkpoints of a run that is over or elsewhere, and the newest one's step."""
+def reading(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """The checkpoints of a run that is over or elsewhere, and the one that scores: the best, or else the newest.
+
+    Raises:
+      InputError: there is none, or the one that is taken is damaged.
+    """
     folder = workdir / CHECKPOINTS
-    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    found = _damaged_metrics(folder)
+    if found is not None:
+        raise _is_damaged(folder / str(found[0]), found[1])
     try:
-        with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
-            step = manager.latest_step()
+        with _reader(workdir) as manager:
+            best = _best_step(manager)
+            step = manager.latest_step() if best is None else best
             if step is None:
                 raise InputError(f"{folder}: holds no finished checkpoint; let the run reach its first save")
             folder = folder / str(step)
@@ -430,30 +339,53 @@ def _reading(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     except Exception as error:  # Orbax and TensorStore raise errors of many types on damaged files
         if is_out_of_memory(error):
             raise
-        raise InputError(
-            f"{folder}: is damaged ({_line_of(error)}); the command of its run sets it aside and goes on from the one "
-            "before"
-        ) from error
+        raise _is_damaged(folder, error) from error
 
 
-def _check_stored(folder: Path, config: presets.InternVLConfig, wanted: PyTree, whole: PyTree) -> None:
-    """Looks at the shapes before memory is taken for them: an array may be declared without being stored.
+def _is_damaged(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{folder}: is damaged ({_line_of(error)}); the command of its run sets it aside and goes on from the one "
+        "before"
+    )
+
+
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+    """What reads a part of a checkpoint's arrays, and knows the best one."""
+    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    folder = (workdir / CHECKPOINTS).absolute()
+    return ocp.CheckpointManager(folder, options=_options(None, measured=True), item_handlers=handlers)
+
+
+def scoring_params(
+    manager: ocp.CheckpointManager, step: int, mesh: Mesh | None, check: Callable[[PyTree], None] = lambda shapes: None
+) -> PyTree:
+    """Of a checkpoint the parameters that score, whole: moments and table of a 1B run are three times their size.
+
+    Args:
+      manager: of `reading`.
+      step: whose.
+      mesh: devices that they go to; None: one.
+      check: looks at the shapes, as (trained, frozen), before memory is taken for them.
+    """
+    progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+    averaged, saved = progress["averaged"], manager.item_metadata(step)["arrays"].tree
+    moved = {"ema": saved["ema"]} if averaged else {"train": {"params": saved["train"]["params"]}}
+    wanted = sharding.shapes(mesh, {**moved, "frozen": saved["frozen"]})
+    part = lambda tree: (tree["ema"] if averaged else tree["train"]["params"], tree["frozen"])  # noqa: E731
+    check(part(wanted))
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+    arrays = manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
+    check_sums(arrays, progress["sums"])
+    return trained.whole(*part(arrays))
+
+
+def saved_progress(workdir: Path) -> dict[str, Any]:
+    """What the checkpoint that scores says of itself: `step` of the run, its `phase`, `next_step` there, `averaged`.
 
     Raises:
-      InputError: other parameters than the model's, or more of them than the files can hold.
+      InputError: as `reading`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(whole)
-    found = {_name(path): leaf for path, leaf in leaves}
-    shapes = convert.parameter_shapes(config)
-    other = [
-        name for name in sorted(found.keys() | shapes) if name not in found or shapes.get(name) != found[name].shape
-    ]
-    other += [name for name, leaf in found.items() if leaf.dtype not in (jnp.float32, jnp.bfloat16)]
-    if other:
-        raise InputError(f"{folder}: {other[0]} is not as {MODEL}/config.json has it; give another checkpoint")
-    declared = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
-    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if is_bomb(declared, stored):
-        raise InputError(
-            f"{folder}: declares parameters of {declared} bytes, but has files of {stored}; give another checkpoint"
-        )
+    with reading(workdir) as (manager, step):
+        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        return {name: progress[name] for name in ("phase", "next_step", "averaged")} | {"step": step}

@@ -28,7 +28,7 @@ from dreamprm_jax import build, sweeps
 from dreamprm_jax.comparison import COLD_START, compare, read_part
 from dreamprm_jax.comparison_report import Workdirs, write_reports
 from dreamprm_jax.data.noisy_steps import SOURCES, Sizes
-from dreamprm_jax.errors import InputError
+from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.metrics import check_wandb, write_text
 from dreamprm_jax.workdir import claim_workdir
@@ -194,6 +194,10 @@ def run_part(job: Job) -> tuple[str, bool]:
     ):
         try:
             return _in_words(run_training(job.cfg, job.workdir)), False
+        except Stopped as stopped:
+            if multiprocessing.parent_process() is None:
+                raise  # the comparison's own process was asked to end, and is not to begin the next part
+            return str(stopped), True
         except Exception as error:  # told in words: not every exception survives the way to another process
             traceback.print_exc()
             return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True

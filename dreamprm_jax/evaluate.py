@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from dreamprm_jax import build, evaluation, evaluation_report, sharding
-from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import noisy_steps, raw
 from dreamprm_jax.data.candidates import Contest, disagreements, noisy_contests, read_contests, settled
 from dreamprm_jax.data.example import Example
@@ -22,6 +21,7 @@ from dreamprm_jax.data.prepared import PreparedExamples, is_prepared, refuse_par
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.evaluation import Judged, Scores, Settings
 from dreamprm_jax.evaluation_report import Evaluated
+from dreamprm_jax.loading import Model, load_model
 from dreamprm_jax.metrics import METRICS_FILE, to_json, write_json_lines, write_text
 from dreamprm_jax.scoring import write_scores
 from dreamprm_jax.workdir import claim_workdir, files_of_process

@@ -14,19 +14,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dreamprm_jax import bilevel, build, sharding, steps
-from dreamprm_jax.checkpoint import Checkpoints, Damaged, Snapshot, load_model, save_model_card
+from dreamprm_jax import bilevel, build, held_out, sharding, steps
+from dreamprm_jax.checkpoint import Best, Checkpoints, Damaged, Snapshot
 from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.hypergradient import EXACT
 from dreamprm_jax.inner import Problem
+from dreamprm_jax.loading import load_model, save_model_card
 from dreamprm_jax.metrics import MetricsWriter, Wandb, check_wandb
 from dreamprm_jax.models import presets, trained
 from dreamprm_jax.optimizers import derivative_vanishes
+from dreamprm_jax.programs import is_out_of_memory
 from dreamprm_jax.train import Cadence, Phase, run_phase, stop_signal
 from dreamprm_jax.types import SUPERVISED, BilevelState, PyTree
 from dreamprm_jax.weighting import Weighting
-from dreamprm_jax.workdir import LOCK, claim_workdir, files_of_process, make_workdir, open_alone
+from dreamprm_jax.workdir import LOCK, claim_workdir, files_of_process, make_workdir, open_alone, record_forced
 
 Part = Callable[[PyTree], tuple[PyTree, PyTree]]
 """Whole parameters -> (trained, frozen)."""
@@ -54,6 +56,13 @@ def run_training(cfg: Any, workdir: Path) -> dict[str, Any]:
                 return _run_training(cfg, own, workdir, lock)
             except Damaged as error:
                 print(f"{error}; going on from the one before", file=sys.stderr)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                advice = steps.relief(cfg, "bilevel" if cfg.num_steps else SUPERVISED[-1], None)
+                raise InputError(
+                    f"{workdir}: the device's memory does not suffice outside the steps ({str(error)[:200]}); {advice}"
+                ) from error
 
 
 def _run_training(cfg: Any, workdir: Path, shared: Path, lock: Callable[[], Any]) -> dict[str, Any]:
@@ -74,25 +83,56 @@ def _run_training(cfg: Any, workdir: Path, shared: Path, lock: Callable[[], Any]
     lock()
     differences = claim_workdir(workdir, build.record(cfg), force=cfg.resume == "force")
     summary_path = workdir / "summary.json"
-    if differences:
-        summary_path.unlink(missing_ok=True)  # of the run as it was
-    if summary_path.is_file():
+    if summary_path.is_file() and not differences:
         print(f"{workdir} is finished; its summary:")
         return json.loads(summary_path.read_text(encoding="utf-8"))
-    for name in ("train", "meta") if cfg.num_steps else ("cold_start",):
-        print(f"{name}: {getattr(data, name).describe()}", file=sys.stderr)
+    for name in ("train", "meta", "held_out") if cfg.num_steps else ("cold_start",):
+        if getattr(data, name) is not None:
+            print(f"{name}: {getattr(data, name).describe()}", file=sys.stderr)
     save_model_card(workdir, model.config, model.tokenizer)
     looks_at_rows = cfg.weighting.name == "net"  # at more of them than their number: a weight is known when they come
     num_remembered = sharding.table_length(len(data.train)) if looks_at_rows else 0
     if is_whole(run[0][0]):
         params, frozen = model.params, {}
     state = bilevel.init_state(levels.inner_tx, levels.meta_tx, weighting, params, num_remembered, frozen)
-    snapshot = train(cfg, workdir, shared, run, sharding.place(mesh, state), part)
-    params = trained.whole(bilevel.scoring_params(snapshot.state), snapshot.state.frozen)
+
+    def begun() -> None:
+        """The checkpoint fits the config: what was forced is put down, and the summary of the run as it was goes."""
+        if differences:
+            record_forced(workdir, build.record(cfg), differences)
+            summary_path.unlink(missing_ok=True)
+
+    snapshot = train(cfg, workdir, shared, run, sharding.place(mesh, state), part, begun)
+    params, best = scored(cfg, shared, run, snapshot.state)
     model = model._replace(params=params)
     from dreamprm_jax.results import finish  # plots and statistics: nothing that the first step should wait for
 
-    return finish(cfg, workdir, model, data, snapshot, weighting, estimator)
+    return finish(cfg, workdir, model, data, snapshot, weighting, estimator, best)
+
+
+def scored(
+    cfg: Any, shared: Path, run: list[tuple[Phase, Any]], state: BilevelState
+) -> tuple[PyTree, dict[str, float]]:
+    """The whole parameters that score, and what the summary says of them: the best checkpoint's, where rows are held
+    out, else those of `state`, the run's last.
+
+    Raises:
+      Damaged: the best one cannot be read.
+    """
+    phase, best = run[-1][0], None
+    if phase.held_out:
+        with closing(Checkpoints(shared, cfg.checkpoints_to_keep, measured=True)) as checkpoints:
+            best = checkpoints.best()
+            told = "none has a finite one: the last" if best is None else f"the best, {best.held_out_loss:.6g} at step "
+            told += "" if best is None else str(best.step)
+            print(f"held-out loss of {phase.held_out.num_rows} meta rows: {told} scores", file=sys.stderr)
+            if best and not best.is_latest:
+                return checkpoints.read_params(best.step, phase.mesh), _of_summary(best)
+    return trained.whole(bilevel.scoring_params(state), state.frozen), _of_summary(best) if best else {}
+
+
+def _of_summary(best: Best) -> dict[str, float]:
+    return {"best_step": best.step, "held_out_loss": best.held_out_loss}
 
 
 def watched(cfg: Any) -> bool:
@@ -164,12 +204,22 @@ def phases(
         else:
             name, step = "bilevel", steps.weighted_step(cfg, problem_of, estimator, levels, weighting, mesh)
             datasets["meta"] = data.meta
-        found.append((phase_of(name, cfg.num_steps, step, datasets), levels.inner_tx))
+        phase = phase_of(name, cfg.num_steps, step, datasets)
+        if data.held_out is not None:
+            rows = (data.held_out, problem_of, cfg.meta_batch_size, build.reading(cfg), mesh)
+            phase = phase._replace(held_out=held_out.measured_on(*rows))
+        found.append((phase, levels.inner_tx))
     return found
 
 
 def train(
-    cfg: Any, workdir: Path, shared: Path, run: list[tuple[Phase, Any]], state: BilevelState, part: Part
+    cfg: Any,
+    workdir: Path,
+    shared: Path,
+    run: list[tuple[Phase, Any]],
+    state: BilevelState,
+    part: Part,
+    begun: Callable[[], None],
 ) -> Snapshot:
     """Runs all phases, from the newest checkpoint where there is one.
 
@@ -179,7 +229,8 @@ def train(
     """
     if cfg.ema_decay is not None:
         state = bilevel.with_ema(state)
-    with closing(Checkpoints(shared, cfg.checkpoints_to_keep)) as checkpoints, stop_signal() as asked:
+    measured = run[-1][0].held_out is not None
+    with closing(Checkpoints(shared, cfg.checkpoints_to_keep, measured)) as checkpoints, stop_signal() as asked:
         checkpoints.check_room(state)  # before hours of work
         progress, reached, first_step = checkpoints.latest_progress(), -1, 0
         if progress is None:
@@ -188,6 +239,7 @@ def train(
             reached = _reached(run, progress, checkpoints)
             first_step = run[reached][0].first_step + progress["next_step"]
             snapshot = _restored(checkpoints, run[reached], Snapshot(state, progress), part)
+        begun()
         num_steps = sum(phase.num_steps for phase, _ in run)
         wandb = Wandb(cfg.wandb.project, cfg.wandb.mode, cfg.to_dict()) if watched(cfg) else None
         with closing(MetricsWriter(workdir, first_step, num_steps, wandb)) as writer:
@@ -213,6 +265,12 @@ def _reached(run: list[tuple[Phase, Any]], progress: dict[str, Any], checkpoints
         raise InputError(
             f"{folder}: was saved at step {progress['next_step']} of {name}, which this config does not have there: "
             "the phases before it cannot change within a run; give another --workdir"
+        )
+    rows = run[places.index(name)][0].held_out
+    if progress["held_out_rows"] != (rows and rows.rows_digest):
+        raise InputError(
+            f"{folder}: was saved while other meta rows were held out (meta.held_out, seed, the meta set): losses on "
+            "these cannot be compared with it, and steps may have seen them; give another --workdir"
         )
     return places.index(name)
 

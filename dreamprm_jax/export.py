@@ -19,8 +19,8 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from dreamprm_jax import upload
-from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.loading import Model, load_model
 from dreamprm_jax.metrics import write_text
 from dreamprm_jax.model_card import Source, model_card, read_source
 from dreamprm_jax.models import convert

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dreamprm_jax.errors import InputError
 
-METRICS_FILE, SKIPPED_FILE = "metrics.jsonl", "skipped_steps.jsonl"
+METRICS_FILE, SKIPPED_FILE, HELD_OUT_FILE = "metrics.jsonl", "skipped_steps.jsonl", "held_out.jsonl"
 WANDB_FILE = "wandb_id"
 
 
@@ -87,6 +87,7 @@ class MetricsWriter:
     """Writes each step once: on resuming, lines at or after `first_step` are taken back first.
 
     Steps that were not applied also have a line in skipped_steps.jsonl (`skipped_path`), which is there once one was.
+    Held-out losses are in held_out.jsonl, by their checkpoint's number, which is that of the step to come.
     `wandb`: also to Weights & Biases, None: not. It is to be installed (`check_wandb`).
 
     Raises:
@@ -105,6 +106,10 @@ class MetricsWriter:
         if self.skipped_path.is_file():
             skipped = [row for row in read_json_lines(self.skipped_path) if row["step"] < first_step]
             write_json_lines(self.skipped_path, skipped)
+        self._held_out_path = workdir / HELD_OUT_FILE
+        if self._held_out_path.is_file():
+            measured = [row for row in read_json_lines(self._held_out_path) if row["step"] <= first_step]
+            write_json_lines(self._held_out_path, measured)
         self._lines = (workdir / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._steps_left = num_steps - first_step
@@ -125,10 +130,11 @@ class MetricsWriter:
         row = without_infinities(to_json(row))
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
-        for name, value in _scalars(row).items():
-            self._board.add_scalar(name, value, row["step"])
-        if "instance_weights" in row and row.get("applied", True):
-            self._board.add_histogram("instance_weights", np.asarray(row["instance_weights"]), row["step"])
+        if self._board_lives():
+            for name, value in _scalars(row).items():
+                self._board.add_scalar(name, value, row["step"])
+            if "instance_weights" in row and row.get("applied", True):
+                self._board.add_histogram("instance_weights", np.asarray(row["instance_weights"]), row["step"])
         if self._wandb:
             self._wandb.write(row)
 
@@ -138,6 +144,22 @@ class MetricsWriter:
             lines.write(json.dumps(row) + "\n")
         self._bar.write(f"not applied, since not finite: {row}", file=sys.stderr)
 
+    def write_held_out(self, phase: str, step: int, loss: float, num_rows: int) -> None:
+        """The held-out loss of the checkpoint `step`: one line, which the disk has, and a number to TensorBoard."""
+        with self._held_out_path.open("a", encoding="utf-8") as lines:
+            row = without_infinities({"step": step, "held_out_loss": loss, "num_rows": num_rows})
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+        # Where its last step's numbers are: what begins at the checkpoint's own is purged when the run goes on from it.
+        if self._board_lives():
+            self._board.add_scalar(f"{phase}/held_out_loss", loss, step - 1)
+
+    def _board_lives(self) -> bool:
+        """Whether TensorBoard's file is still written: its thread ends at a full disk, and then whoever hands it more
+        would wait for good."""
+        return self._board.file_writer.event_writer._worker.is_alive()
+
     def sync(self) -> None:
         """Waits until the disk has all lines."""
         os.fsync(self._lines.fileno())
@@ -145,7 +167,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes everything."""
         self._lines.close()
-        self._board.close()
+        if self._board_lives():
+            self._board.close()
         self._bar.close()
         if self._wandb:
             self._wandb.close(finished=self._steps_left == 0)

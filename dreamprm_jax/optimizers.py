@@ -138,7 +138,7 @@ def _moments(
 ) -> tuple[jax.Array, Any, Any]:
     """Adam's next count and moments, computed in float32 at least and rounded once to the type they are kept in.
 
-    A gradient that is not finite leaves all three as they are.
+    A gradient that is not finite leaves all three as they are. (A schedule goes on: it is by steps.)
 
     A second moment that moves by 1/1000 a step would stand still in bfloat16, whose numbers are 1/128 to 1/256 apart.
     Where that type is asked for it is rounded at random, by bits that are a function of the step's number: on average
@@ -248,8 +248,9 @@ def hf_adamw(
     """
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
-        rate = learning_rate(state.count)
-        count, mu, nu = _moments(state, grads, b1, b2, moment_dtype)
+        # One count for schedule and bias correction, which goes on past a gradient that is not finite.
+        rate, count = learning_rate(state.count), state.count + 1
+        _, mu, nu = _moments(state, grads, b1, b2, moment_dtype)
         size = rate * jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
 
         @jax.checkpoint  # as in scale_by_adam_meta_safe

@@ -36,7 +36,6 @@ import numpy as np
 from PIL import Image
 
 from dreamprm_jax import losses, scoring
-from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import sharing
 from dreamprm_jax.data.conversation import IMAGE_MARKER
 from dreamprm_jax.data.dataset import ImageSpec, encode_all, read_tiles, tiles_of_images
@@ -46,6 +45,7 @@ from dreamprm_jax.data.formats.prompts import DREAMPRM_SYSTEM, QUESTION_HEADING
 from dreamprm_jax.data.images import open_image
 from dreamprm_jax.data.tokens import check_length, encode
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.loading import Model, load_model
 from dreamprm_jax.models.internvl import KeysValues, Past
 from dreamprm_jax.scoring import ChainScores
 from dreamprm_jax.types import Prefix

@@ -19,10 +19,11 @@ from safetensors.numpy import save_file
 from sklearn.metrics import roc_auc_score
 
 from dreamprm_jax import build, report, sharding
-from dreamprm_jax.checkpoint import Model, Snapshot
+from dreamprm_jax.checkpoint import Snapshot
 from dreamprm_jax.data import batches
 from dreamprm_jax.data.dataset import Dataset, encode_all
 from dreamprm_jax.data.example import PLUS
+from dreamprm_jax.loading import Model
 from dreamprm_jax.metrics import read_metrics, write_json_lines, write_text
 from dreamprm_jax.scoring import score_dataset, with_plus_history
 from dreamprm_jax.selection import Field, best_of_n, field_of, packed
@@ -196,14 +197,19 @@ def finish(
     snapshot: Snapshot,
     weighting: Weighting,
     estimator: str | None,
+    best: dict[str, float],
 ) -> dict[str, Any]:
-    """Evaluates the trained model and writes the run's results; summary.json last, as the mark of the end."""
+    """Evaluates the trained model and writes the run's results; summary.json last, as the mark of the end.
+
+    `best`: what the summary says of the checkpoint that scores, where rows are held out; else {}.
+    """
     began = time.perf_counter()
     summary: dict[str, Any] = {
         "recipe": cfg.recipe,
         "weighting": cfg.weighting.name,
         "hypergradient": estimator,
         "num_steps": cfg.num_steps,
+        **best,
     }
     skipped = {name: found.skipped for name, found in (("train", data.train), ("meta", data.meta)) if found is not None}
     if any(skipped.values()):

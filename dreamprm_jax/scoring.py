@@ -21,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dreamprm_jax import build, losses, sharding
-from dreamprm_jax.checkpoint import Model, load_model
 from dreamprm_jax.data import batches, sharing
 from dreamprm_jax.data.dataset import Dataset
 from dreamprm_jax.data.example import GPT, PLUS, Example
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.loading import Model, load_model
 from dreamprm_jax.metrics import METRICS_FILE, read_json_lines, to_json, write_json_lines
 from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.programs import is_out_of_memory

@@ -8,7 +8,6 @@ Shapes: K chains with N steps in all.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from dreamprm_jax.data.choice import held_out_keys
 from dreamprm_jax.errors import InputError
 
 RIGHT, WRONG, NEUTRAL = 1, -1, 0
@@ -142,15 +142,6 @@ def _between(low: float, high: float) -> float:
     return middle if middle < high else low  # neighbours have nothing between them
 
 
-def held_out_chains(keys: Sequence[str] | np.ndarray, share: float, seed: int = 0) -> np.ndarray:
-    """Which chains are held out, bool [K]: those whose key's hash lies in the lowest `share` of all hashes."""
-
-    def position(key: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8]) / 2**64
-
-    return np.array([position(key) < share for key in keys])
-
-
 class Tuned(NamedTuple):
     """Figures at a threshold that was chosen on other chains."""
 
@@ -172,7 +163,7 @@ def tuned_step_f1(steps: Steps, share: float = 0.2, seed: int = 0) -> Tuned:
     Raises:
       InputError: a side without chains, or with steps of one kind alone.
     """
-    held_out = held_out_chains(steps.keys, share, seed)
+    held_out = held_out_keys(steps.keys, share, seed)
     sides = [of_chains(steps, wanted) for wanted in (held_out, ~held_out)]
     for side, title in zip(sides, ("held-out", "other"), strict=True):
         kinds = set(side.truth.tolist()) - {NEUTRAL}

@@ -78,7 +78,7 @@ def check_rows(cfg: Any, mesh: Mesh | None) -> None:
     micro = dict.fromkeys(fields, cfg.micro_batch_size)
     if cfg.num_steps:
         fields["batch_size"], micro["batch_size"] = cfg.batch_size, cfg.micro_batch_size
-    if cfg.num_steps and cfg.weighting.name != "uniform":
+    if cfg.num_steps and (cfg.weighting.name != "uniform" or cfg.meta.held_out):
         fields["meta_batch_size"], micro["meta_batch_size"] = cfg.meta_batch_size, cfg.meta_micro_batch_size
     for name, size in fields.items():
         on_device = size // shards

@@ -20,6 +20,7 @@ from dreamprm_jax.bilevel import Step
 from dreamprm_jax.checkpoint import Checkpoints, Snapshot
 from dreamprm_jax.data.shapes import Shape
 from dreamprm_jax.errors import InputError, Stopped
+from dreamprm_jax.held_out import LOSS, HeldOut
 from dreamprm_jax.metrics import MetricsWriter
 from dreamprm_jax.programs import Programs, is_out_of_memory, needed_memory
 from dreamprm_jax.sharding import place_rows
@@ -49,6 +50,7 @@ class Phase(NamedTuple):
     shapes_from: Callable[[int], Iterator[tuple[Shape, ...]]]  # number of a step -> what those batches are padded to
     mesh: Mesh | None = None  # of the step's devices; None: one
     relief: str = ""  # the settings that make it take less of a device's memory
+    held_out: HeldOut | None = None  # what its checkpoints are measured by; None: nothing
 
 
 class Cadence(NamedTuple):
@@ -88,22 +90,27 @@ def run_phase(
     logger = _Logger(phase, writer, checkpoints, cadence)
     programs = Programs(phase.name, phase.step, phase.shapes_from(start))
 
-    def save(done: int, state: Any) -> Snapshot:
+    def save(done: int, state: Any, measured: dict[str, float]) -> Snapshot:
         seconds = time.perf_counter() - began  # of the whole run, over all its restarts
-        snapshot = Snapshot(state, {"phase": phase.name, "next_step": done, "seconds": seconds})
+        progress = {"phase": phase.name, "next_step": done, "seconds": seconds, **measured}
+        if phase.held_out:
+            progress["held_out_rows"] = phase.held_out.rows_digest
+        snapshot = Snapshot(state, progress)
         checkpoints.save(phase.first_step + done, snapshot)
         return snapshot
 
     with closing(programs), closing(_placed_batches(phase, start)) as upcoming:
         for step in range(start, phase.num_steps):
-            batches = next(upcoming)
-            while not (asked() or programs.are_ready(state, batches, seconds=0.5)):
+            batches = _next_batches(upcoming, asked)
+            while not (batches is None or asked() or programs.are_ready(state, batches, seconds=0.5)):
                 pass  # a program may take minutes to compile, and a grace time is shorter
             if _stops(phase, step, asked):
                 logger.flush()
-                if step > start:
-                    save(step, state)
-                raise Stopped(asked() or signal.SIGTERM, f"the run is saved up to step {phase.first_step + step}")
+                if step > start and not logger.num_skipped:
+                    save(step, state, {})  # not measured: when a signal comes must not change which one is the best
+                last = checkpoints.latest()  # waits until it is written
+                told = f"the run is saved up to step {last.name}" if last else "there was nothing to save yet"
+                raise Stopped(asked() or signal.SIGTERM, told)
             try:
                 state, metrics = programs(state, *batches)
                 logger.push(step, metrics)
@@ -112,7 +119,7 @@ def run_phase(
                     logger.flush()  # every line up to a checkpoint is on disk before it
                     # While steps are skipped the parameters are in doubt: they displace no checkpoint of good ones.
                     if not logger.num_skipped or done == phase.num_steps:
-                        snapshot = save(done, state)
+                        snapshot = save(done, state, _measure(phase, done, state, writer))
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -121,8 +128,27 @@ def run_phase(
                     f"{phase.relief}. The same command goes on from the last checkpoint"
                 ) from error
     if asked():
-        raise Stopped(asked(), f"the run is saved up to step {phase.first_step + phase.num_steps}")
+        raise Stopped(asked(), f"the run is saved up to step {checkpoints.latest().name}")
     return snapshot
+
+
+def _next_batches(upcoming: Iterator[list[Batch]], asked: Callable[[], int]) -> list[Batch] | None:
+    """The next step's batches; None where a signal to all processes of the run has ended those that read them."""
+    try:
+        return next(upcoming)
+    except Exception:
+        if not asked():
+            raise
+        return None
+
+
+def _measure(phase: Phase, done: int, state: Any, writer: MetricsWriter) -> dict[str, float]:
+    """The held-out loss for a checkpoint's progress, written before the checkpoint is; {} where it is not finite."""
+    if phase.held_out is None:
+        return {}
+    loss = phase.held_out.loss(state)
+    writer.write_held_out(phase.name, phase.first_step + done, loss, phase.held_out.num_rows)
+    return {LOSS: loss} if np.isfinite(loss) else {}
 
 
 @contextmanager

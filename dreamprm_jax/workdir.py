@@ -18,6 +18,9 @@ from dreamprm_jax.metrics import write_text
 LOCK = "run.lock"
 """The file that the run at work in a workdir holds (`open_alone`)."""
 
+_NOT_COPIED = ("checkpoints", "damaged", "tensorboard", "wandb", "*.tmp")
+"""What no process of a run decides by."""
+
 
 def make_workdir(workdir: Path) -> None:
     """Creates it where it does not exist.
@@ -39,7 +42,7 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
       record: the config, and a fingerprint of each data file.
       resumes: False for a task that keeps nothing to go on from; it may follow itself with another config,
         and only a workdir of another task is refused.
-      force: go on with another config or other data, told on stderr; the record keeps what it was.
+      force: let another config or other data be; nothing is written then (`record_forced`).
 
     Returns:
       What has changed by force, such as "config.inner.lr: 5e-05, now 1e-05".
@@ -63,19 +66,24 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
                 + (f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else "")
                 + f"; give another --workdir, or remove this one to start over{hint}"
             )
-        record["forced"] = old.get("forced", [])
-    told = [f"{name}: {was}, now {now}" for name, was, now in differences if resumes]
-    if told:
-        record["forced"].append(told)
-        print(f"{path}: going on by --config.resume=force with {'; '.join(told)}", file=sys.stderr)
-    if not record.get("forced"):
-        record.pop("forced", None)
+        if resumes and differences:
+            return [f"{name}: {was}, now {now}" for name, was, now in differences]
+        if "forced" in old:
+            record["forced"] = old["forced"]
     make_workdir(workdir)
     try:
         write_text(path, json.dumps(record, indent=2))
     except OSError as error:
         raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
-    return told
+    return []
+
+
+def record_forced(workdir: Path, record: dict[str, Any], differences: list[str]) -> None:
+    """Makes `record` a workdir's own in place of another, whose differences it keeps and tells on stderr."""
+    path = workdir / "config.json"
+    forced = [*_read_record(path).get("forced", []), differences]
+    write_text(path, json.dumps({**record, "forced": forced}, indent=2))
+    print(f"{path}: going on by --config.resume=force with {'; '.join(differences)}", file=sys.stderr)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def files_of_process(workdir: Path, output: str | None = None, *, first: bool) -
     with tempfile.TemporaryDirectory() as folder:
         own, outputs = Path(folder) / "workdir", Path(folder) / "output"  # the output may have any name
         if workdir.is_dir():
-            shutil.copytree(workdir, own, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "wandb", "*.tmp"))
+            shutil.copytree(workdir, own, ignore=shutil.ignore_patterns(*_NOT_COPIED))
         outputs.mkdir()
         if output is not None and Path(output).is_file():
             shutil.copy(output, outputs)
@@ -139,9 +147,13 @@ def open_alone(path: Path) -> Iterator[IO[bytes]]:
     """A file for reading and appending that no other run has open so: two would write every line twice.
 
     Raises:
-      InputError: another run has it.
+      InputError: another run has it, or it cannot be written.
     """
-    with path.open("a+b") as file:
+    try:
+        opened = path.open("a+b")
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give another --workdir") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -22,9 +22,9 @@ from test_training import small_config
 
 from configs import domain, net, table
 from dreamprm_jax import bilevel, build, inner, sharding, steps
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import batches
 from dreamprm_jax.hypergradient import ESTIMATORS
+from dreamprm_jax.loading import load_model
 from dreamprm_jax.scoring import score_dataset
 
 CONFIGS = {"table": table.get_config, "net": net.get_config, "domain": domain.get_config}

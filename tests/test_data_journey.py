@@ -13,10 +13,10 @@ from benchmarks.raw_rows import visualprm_raw_row
 from configs import prepare as prepare_config
 from configs import score, table
 from dreamprm_jax import build
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data.conversation import CONTROL_TOKENS
 from dreamprm_jax.data.prepared import PreparedExamples
 from dreamprm_jax.experiment import run_training
+from dreamprm_jax.loading import load_model
 from dreamprm_jax.models import convert, internvl, presets
 from dreamprm_jax.prepare import run_prepare
 from dreamprm_jax.scoring import run_scoring

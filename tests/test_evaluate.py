@@ -94,7 +94,7 @@ def test_figures_are_those_of_the_scores(embedded):
     assert best["oracle"] == pytest.approx(np.mean([any(question.correct) for question in questions]))
     assert (summary["num_questions"], summary["num_candidates"], summary["aggregate"]) == (12, 8, "product")
     steps = results_of(workdir)["steps"]
-    held_out = evaluate.evaluation.step_benchmark.held_out_chains([q.examples[0].id for q in questions], 0.4)
+    held_out = evaluate.evaluation.step_benchmark.held_out_keys([q.examples[0].id for q in questions], 0.4)
     counted = np.repeat(~held_out, 8)
     assert steps["num_chains"] == counted.sum() and steps["chosen_on"]["num_chains"] == (~counted).sum() > 0
     marks, found = np.concatenate(np.array(truth)[counted]), np.concatenate(np.array(scores)[counted])

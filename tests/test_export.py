@@ -21,11 +21,11 @@ from test_trained_run import adapters_config
 
 from configs import score
 from dreamprm_jax import export, model_card
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.export import run_export
+from dreamprm_jax.loading import load_model
 from dreamprm_jax.models import convert
 from dreamprm_jax.scoring import run_scoring
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import cold_start, score, table
-from dreamprm_jax.checkpoint import load_workdir
 from dreamprm_jax.experiment import run_training
+from dreamprm_jax.loading import load_workdir
 from dreamprm_jax.models import convert
 from dreamprm_jax.scoring import run_scoring
 

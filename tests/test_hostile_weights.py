@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.pipeline import byte_tokenizer
-from dreamprm_jax import build, checkpoint
+from dreamprm_jax import build, checkpoint, loading
 from dreamprm_jax.data import noisy_steps, tokens
 from dreamprm_jax.data.example import Example, Turn
 from dreamprm_jax.errors import InputError
@@ -308,7 +308,7 @@ def workdir(tmp_path_factory):
     tokenizer = tokens.wrap(noisy_steps.tokenizer())
     config = presets.tiny(tokenizer.vocab_size)
     params = internvl.init(config, jax.random.key(0, impl="rbg"))
-    checkpoint.save_model_card(folder, config, tokenizer)
+    loading.save_model_card(folder, config, tokenizer)
     fields = {name: {} for name in BilevelState._fields}
     train = TrainState(**{**{name: {} for name in TrainState._fields}, "params": params})
     saved = checkpoint.Checkpoints(folder, keep=1)
@@ -320,12 +320,12 @@ def workdir(tmp_path_factory):
 LOAD_EACH = """
 import json, sys
 from pathlib import Path
-from dreamprm_jax import checkpoint
+from dreamprm_jax import loading
 from dreamprm_jax.errors import InputError
 found = []
 for folder in sys.argv[1:]:
     try:
-        checkpoint.load_workdir(Path(folder))
+        loading.load_workdir(Path(folder))
         found.append(None)
     except InputError as error:
         found.append(str(error))
@@ -371,10 +371,10 @@ def _remember(event, arguments):
 
 def test_restoring_unpickles_nothing_starts_nothing_and_asks_nobody(workdir, whole, monkeypatch):
     """The interpreter itself says what it does while everything is loaded that can be a stranger's."""
-    checkpoint.load_workdir(workdir)  # once before: what is imported on the way is compiled code of ours
+    loading.load_workdir(workdir)  # once before: what is imported on the way is compiled code of ours
     monkeypatch.setattr(sys.modules[__name__], "seen", [])
-    checkpoint.load_workdir(workdir)
-    tokens.load_tokenizer(workdir / checkpoint.MODEL)
+    loading.load_workdir(workdir)
+    tokens.load_tokenizer(workdir / loading.MODEL)
     convert.load_checkpoint(whole)
     assert seen == []
     pickle.loads(pickle.dumps(CONFIG))
@@ -389,9 +389,9 @@ def test_arrays_that_are_declared_but_not_stored_take_no_memory(workdir, tmp_pat
     shapes = convert.parameter_shapes(huge)
     declared = convert._nest({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
     with pytest.raises(InputError, match="declares parameters of .* bytes, but has files of 1000"):
-        checkpoint._check_stored(folder, huge, declared, declared)
+        loading._check_stored(folder, huge, (declared, {}))
     with pytest.raises(InputError, match="language/embedding is not as model/config.json has it"):
-        checkpoint._check_stored(folder, CONFIG, declared, declared)
+        loading._check_stored(folder, CONFIG, (declared, {}))
 
 
 # ---- the Hub, and what a run remembers of its weights ----
@@ -444,12 +444,12 @@ def test_a_run_knows_its_weights_again(copied, downloads):
     content[-1] ^= 1
     path.write_bytes(content)
     assert convert.fingerprint(copied) != before
-    assert checkpoint.fingerprint_of_model(str(copied)) == convert.fingerprint(copied)
+    assert loading.fingerprint_of_model(str(copied)) == convert.fingerprint(copied)
 
 
 def test_a_run_knows_the_workdir_it_began_from_again(workdir, tmp_path):
     folder = Path(shutil.copytree(workdir, tmp_path / "work"))
-    assert checkpoint.fingerprint_of_model(str(folder)) == checkpoint.fingerprint_of_model(str(workdir))
+    assert loading.fingerprint_of_model(str(folder)) == loading.fingerprint_of_model(str(workdir))
     largest = max((folder / checkpoint.CHECKPOINTS).rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes() + b"x")
-    assert checkpoint.fingerprint_of_model(str(folder)) != checkpoint.fingerprint_of_model(str(workdir))
+    assert loading.fingerprint_of_model(str(folder)) != loading.fingerprint_of_model(str(workdir))

@@ -18,9 +18,10 @@ from small_run import small
 
 from configs import table
 from dreamprm_jax import checkpoint, experiment, train
-from dreamprm_jax.checkpoint import bit_sums, check_sums, load_workdir
+from dreamprm_jax.checkpoint import bit_sums, check_sums
 from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
+from dreamprm_jax.loading import load_workdir
 
 # A reader that fails leaves the other arrays' readers to the garbage collection, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -190,7 +191,7 @@ def test_a_second_signal_does_not_wait():
 
 def test_a_signal_while_a_program_is_compiled_is_heard(monkeypatch, tmp_path):
     monkeypatch.setattr(train.Programs, "are_ready", lambda *arguments, **options: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Stopped, match="saved up to step 0"):
+    with pytest.raises(Stopped, match="there was nothing to save yet; the same"):
         run_training(small(table.get_config()), tmp_path / "run")
 
 

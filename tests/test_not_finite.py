@@ -53,7 +53,8 @@ def test_no_estimator_lets_a_bad_row_move_anything(name, moment_dtype):
     after, metrics = step(poisoned(problem, 5, jnp.nan), state, bad)
     assert not np.isfinite(metrics["grad_norm"])
     kept = [(state.train.params, after.train.params), (state.meta_params, after.meta_params)]
-    kept += [(state.train.opt_state[0], after.train.opt_state[0]), (state.meta_opt_state, after.meta_opt_state)]
+    kept += [(state.train.opt_state[0], after.train.opt_state[0]), (state.meta_opt_state[0], after.meta_opt_state[0])]
+    assert after.meta_opt_state[1].count == after.train.opt_state[-1].count == after.train.step == 2  # schedules go on
     jax.tree.map(np.testing.assert_array_equal, *zip(*kept, strict=True))
     onward, metrics = step(problem, after, good)
     assert np.isfinite(metrics["grad_norm"])

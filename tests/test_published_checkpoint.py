@@ -13,9 +13,9 @@ from exporting import checkpoint, export_config  # noqa: F401 - a fixture
 from safetensors.numpy import load_file, save_file
 
 from configs import score
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.export import run_export
+from dreamprm_jax.loading import load_model
 
 REMOTE = "modeling_internvl_chat.InternVLChatModel"
 ADDED = {  # to config.json

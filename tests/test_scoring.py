@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dreamprm_jax import losses, scoring
-from dreamprm_jax.checkpoint import Model
 from dreamprm_jax.data import batches, sharing
 from dreamprm_jax.data.dataset import encode_all
 from dreamprm_jax.data.example import GPT, HUMAN, Turn
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.loading import Model
 from dreamprm_jax.models import internvl, presets
 from tests.test_batches import ROWS, SPEC, TOKENIZER, encode, png, text_only
 from tests.test_sharing import chains_of_a_question

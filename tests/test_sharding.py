@@ -16,8 +16,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from configs import table
 from dreamprm_jax import sharding, steps
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.loading import load_model
 from dreamprm_jax.models import internvl, presets
 
 TESTS = Path(__file__).parent

@@ -12,7 +12,7 @@ from dreamprm_jax.step_benchmark import (
     by_source,
     calibration,
     first_error,
-    held_out_chains,
+    held_out_keys,
     label_accuracy,
     of_chains,
     roc,
@@ -148,22 +148,22 @@ def test_thresholds_at_the_ends_and_between_neighbours():
     assert step_f1(upside_down, best_threshold(upside_down))["f1_minus"] == pytest.approx(0.8)
 
 
-def test_held_out_chains_are_whole_questions_and_stay_the_same():
+def test_held_out_keys_are_whole_questions_and_stay_the_same():
     keys = [f"question {number // 3}" for number in range(30_000)]
-    held_out = held_out_chains(keys, 0.2)
+    held_out = held_out_keys(keys, 0.2)
     assert set(held_out.reshape(-1, 3).sum(axis=1).tolist()) == {0, 3}
     assert held_out.mean() == pytest.approx(0.2, abs=0.012)
-    np.testing.assert_array_equal(held_out_chains(keys[::-1], 0.2), held_out[::-1])
-    assert np.all(held_out_chains(keys, 0.3) >= held_out)
-    assert np.any(held_out_chains(keys, 0.2, seed=1) != held_out)
+    np.testing.assert_array_equal(held_out_keys(keys[::-1], 0.2), held_out[::-1])
+    assert np.all(held_out_keys(keys, 0.3) >= held_out)
+    assert np.any(held_out_keys(keys, 0.2, seed=1) != held_out)
     # The hash of a key is a promise: figures published with a split must come out again.
-    assert held_out_chains([str(number) for number in range(12)], 0.3).tolist() == [0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0]
+    assert held_out_keys([str(number) for number in range(12)], 0.3).tolist() == [0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_the_threshold_is_chosen_on_one_side_and_counted_on_the_other():
     *_, keys, steps = made()
     found = tuned_step_f1(steps, share=0.3)
-    np.testing.assert_array_equal(found.held_out, held_out_chains(keys, 0.3))
+    np.testing.assert_array_equal(found.held_out, held_out_keys(keys, 0.3))
     assert 0 < found.held_out.sum() < 200
     assert not set(np.array(keys)[found.held_out]) & set(np.array(keys)[~found.held_out])
     ours, others = of_chains(steps, found.held_out), of_chains(steps, ~found.held_out)

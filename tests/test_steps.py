@@ -7,9 +7,9 @@ from jax.sharding import AbstractMesh
 
 from configs import net, ranges, table, uniform
 from dreamprm_jax import bilevel, hypergradient, sharding, steps
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.inner import Problem
+from dreamprm_jax.loading import load_model
 from dreamprm_jax.weighting import uniform as equal_weights
 from tests.toy import batch_of, toy_params, toy_problem
 

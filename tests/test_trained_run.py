@@ -8,8 +8,8 @@ from test_training import Killed, lines, small_config, without_clocks
 
 from configs import score
 from dreamprm_jax import results, train
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.experiment import run_training
+from dreamprm_jax.loading import load_model
 
 
 @pytest.fixture(scope="module", autouse=True)

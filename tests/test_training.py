@@ -13,10 +13,10 @@ from small_run import small
 
 from configs import domain, net, score, table
 from dreamprm_jax import bilevel, build, experiment, train, weighting
-from dreamprm_jax.checkpoint import load_model
 from dreamprm_jax.data import noisy_steps
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
+from dreamprm_jax.loading import load_model
 
 
 def small_config(get_config=table.get_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,14 @@ def sample_key(seed: int, content_id: str) -> int:
     """Where a row stands in the random order of `seed`: uint64, from what the row says alone."""
     digest = hashlib.sha256(f"{seed}:{content_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+def held_out_keys(keys: Sequence[str] | np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    """Which rows are held out, bool [K]: those whose key's hash lies in the lowest `share` of all hashes.
+
+    Rows of one key are on one side, and a larger share holds the smaller one.
+    """
+    return np.array([sample_key(seed, key) / 2**64 < share for key in keys])
 
 
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from torch import nn  # noqa: E402
 
 from benchmarks import torch_peers  # noqa: E402
 from configs import net  # noqa: E402
-from dreamprm_jax.checkpoint import load_workdir  # noqa: E402
 from dreamprm_jax.experiment import run_training  # noqa: E402
+from dreamprm_jax.loading import load_workdir  # noqa: E402
 from dreamprm_jax.models import convert  # noqa: E402
 
 PLUS, MINUS = 10, 12  # token ids of the labels
