@@ -64,7 +64,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, measured: bool = False):
-        self._workdir, self._folder, self._measured = workdir, (workdir / CHECKPOINTS).absolute(), measured
+        self._workdir, self._folder = workdir, (workdir / CHECKPOINTS).absolute()
         found = _damaged_metrics(self._folder)
         sharding.meet("metrics are read")
         if found is not None:
@@ -93,7 +93,7 @@ class Checkpoints:
             arrays = ocp.args.StandardSave(snapshot.state)
             items = ocp.args.Composite(arrays=arrays, progress=ocp.args.JsonSave(progress))
             metrics = {LOSS: progress[LOSS], "step": step} if LOSS in progress else {}
-            self._manager.save(step, args=items, metrics=metrics if self._measured else None)
+            self._manager.save(step, args=items, metrics=metrics)
 
     def check_room(self, state: BilevelState) -> None:
         """Whether the disk has room for one more checkpoint.

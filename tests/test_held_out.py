@@ -69,7 +69,7 @@ def test_no_step_draws_a_held_out_row():
     data, cfg = data_of(config()), config()
     plan = build.plan_of(cfg, "meta", data.meta)
     drawn = {row for number in range(len(plan)) for row in plan[number].tolist()}
-    assert drawn and drawn <= set(data.meta.rows.tolist())
+    assert drawn and not drawn & set(data.held_out.rows.tolist())
 
 
 def test_a_question_without_a_picture_is_its_text_before_the_steps(tmp_path):
@@ -351,6 +351,12 @@ def another_name(path):
     path.write_text(path.read_text().replace("held_out_loss", "held_our_loss"))
 
 
+def other_arrays(path):
+    """As if they were not those that were saved."""
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps({**progress, "sums": {name: total ^ 1 for name, total in progress["sums"].items()}}))
+
+
 @pytest.fixture(scope="module")
 def fourth_is_best(tmp_path_factory):
     """A finished run whose best checkpoint is an old one; its summary is yet to be written."""
@@ -365,7 +371,8 @@ def fourth_is_best(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("damage", "what"), [(cut, "metrics"), (another_number, "metrics"), (another_name, "metrics"), (cut, "arrays")]
+    ("damage", "what"),
+    [(cut, "metrics"), (another_number, "metrics"), (another_name, "metrics"), (other_arrays, "progress")],
 )
 def test_a_damaged_best_is_told_and_set_aside(fourth_is_best, tmp_path, losses_by_step, capsys, damage, what):
     workdir = tmp_path / "run"
