@@ -213,8 +213,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return leave(2)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
-        os._exit(128 + stopped.number)  # as a shell has it; a usual exit would wait for what is being compiled
+        print(stopped, file=sys.stderr)
+        return leave(128 + stopped.number)  # as a shell has it
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
@@ -234,4 +234,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)  # Orbax tells every save in eight lines
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:  # here and now: a usual exit waits for what is being compiled, and Orbax's threads complain of it
+        os._exit(status)
