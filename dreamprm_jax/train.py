@@ -92,10 +92,8 @@ def run_phase(
 
     def save(done: int, state: Any, measured: dict[str, float]) -> Snapshot:
         seconds = time.perf_counter() - began  # of the whole run, over all its restarts
-        progress = {"phase": phase.name, "next_step": done, "seconds": seconds, **measured}
-        if phase.held_out:
-            progress["held_out_rows"] = phase.held_out.rows_digest
-        snapshot = Snapshot(state, progress)
+        held = {"held_out_rows": phase.held_out.rows_digest} if phase.held_out else {}
+        snapshot = Snapshot(state, {"phase": phase.name, "next_step": done, "seconds": seconds, **held, **measured})
         checkpoints.save(phase.first_step + done, snapshot)
         return snapshot
 
