@@ -21,8 +21,9 @@ def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """x Phi(x), exactly, in float32 at least on the way.
 
-    `jax.nn.gelu` takes erfc in the type of x, which costs a GPU three times its memory traffic and bfloat16 its digits, and
-    leaves two arrays to its gradient. Here the derivative is said outright: the gradient needs one, forward mode included.
+    `jax.nn.gelu` takes erfc in the type of x, which costs a GPU three times its memory traffic and bfloat16 its digits,
+    and leaves two arrays to its gradient. Here the derivative is said outright, so that the gradient needs one: of x
+    alone, forward mode included.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * _normal_cdf(wide, x.dtype)).astype(x.dtype)
