@@ -1,7 +1,6 @@
 """The entry point: `python run.py --config=configs/NAME.py[:ARG,...] [--workdir=DIR] [--config.FIELD=VALUE ...]`."""
 
 import difflib
-import errno
 import io
 import json
 import math
@@ -17,7 +16,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import base, ranges
-from dreamprm_jax.errors import InputError, Stopped
+from dreamprm_jax.errors import InputError, Stopped, is_full
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment, configs/NAME.py[:ARG,...]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "output directory; default runs/NAME-ARGS")
@@ -215,17 +214,14 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return leave(128 + stopped.number)  # as a shell has it
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            return leave(1)
-        where = error.filename or "the disk of the workdir"
-        print(f"error: {where}: {error.strerror}; free some space, and the same command goes on", file=sys.stderr)
-        return leave(2)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes what it began", file=sys.stderr)
         return leave(130)  # 128 + SIGINT
-    except Exception:
+    except Exception as error:
+        if is_full(error):
+            where = getattr(error, "filename", None) or "the disk of the workdir"
+            print(f"error: {where}: the disk is full; free some space, and the same command goes on", file=sys.stderr)
+            return leave(2)
         traceback.print_exc()
         return leave(1)
     print(json.dumps(summary, indent=2))

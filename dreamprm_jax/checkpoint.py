@@ -8,10 +8,8 @@ be what was saved.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from dreamprm_jax import sharding
-from dreamprm_jax.errors import InputError
+from dreamprm_jax.errors import InputError, is_full
 from dreamprm_jax.held_out import LOSS
 from dreamprm_jax.models import trained
 from dreamprm_jax.programs import is_out_of_memory
@@ -247,13 +245,6 @@ def _damaged_metrics(folder: Path) -> tuple[int, Exception] | None:
             except (ValueError, AttributeError, FileNotFoundError) as error:
                 return int(path.parts[-3]), error
     return None
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a disk or a quota had no room, as the system says it or as text in a library's error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def bit_sums(tree: PyTree) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The exception for a user's mistake, the one for a run that was asked to end, and strangers' text made fit to show."""
 
+import errno
+import os
 import signal
 
 
@@ -8,6 +10,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota had no room, as the system says it or as text in a library's error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 class InputError(ValueError):

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from dreamprm_jax.errors import InputError
+from dreamprm_jax.models.hub import told
 
 RECORD = "export.json"  # stays here: it names paths of this machine
 _OWN = ("*.safetensors", "*.safetensors.index.json", "weights.*")  # of an earlier upload, under names that may differ
@@ -57,7 +58,7 @@ def upload(directory: Path, repo: str, message: str, *, private: bool) -> dict[s
     except Exception as error:  # the client raises errors of several libraries
         again = f"hf upload {repo} {shlex.quote(str(directory))} . --exclude {RECORD}{' --private' if private else ''}"
         raise InputError(
-            f"--config.export.repo={repo}: not uploaded ({_reason(error)}); the export is whole in {directory}, and "
+            f"--config.export.repo={repo}: not uploaded ({told(error)}); the export is whole in {directory}, and "
             f"`{again}` uploads it again"
         ) from error
     if is_public:
@@ -66,12 +67,3 @@ def upload(directory: Path, repo: str, message: str, *, private: bool) -> dict[s
             f"it all the same. The export is whole in {directory}"
         )
     return {"repo": repo, "commit": done.oid, "url": done.commit_url}
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, without the token."""
-    import huggingface_hub
-
-    text = (str(error).strip() or "no reason given").splitlines()[0]
-    token = huggingface_hub.get_token()
-    return f"{type(error).__name__}: {text.replace(token, '...') if token else text}"

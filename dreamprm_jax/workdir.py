@@ -34,7 +34,9 @@ def make_workdir(workdir: Path) -> None:
         raise InputError(f"{workdir}: cannot be written ({error}); give another --workdir") from error
 
 
-def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True, force: bool = False) -> list[str]:
+def claim_workdir(
+    workdir: Path, record: dict[str, Any], *, resumes: bool = True, force: bool | None = None
+) -> list[str]:
     """Makes `workdir` this run's own, or checks that it already is: config.json holds `record`.
 
     Args:
@@ -42,7 +44,8 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
       record: the config, and a fingerprint of each data file.
       resumes: False for a task that keeps nothing to go on from; it may follow itself with another config,
         and only a workdir of another task is refused.
-      force: let another config or other data be; nothing is written then (`record_forced`).
+      force: let another config or other data be; nothing is written then (`record_forced`). None: the task has no such
+        thing as --config.resume=force.
 
     Returns:
       What has changed by force, such as "config.inner.lr: 5e-05, now 1e-05".
@@ -60,7 +63,7 @@ def claim_workdir(workdir: Path, record: dict[str, Any], *, resumes: bool = True
         same_task = old["config"].get("task") == record["config"]["task"]
         if differences and not (force and same_task):
             name, was, now = differences[0]
-            hint = "" if not (resumes and same_task) else ", or go on all the same with --config.resume=force"
+            hint = ", or go on all the same with --config.resume=force" if force is not None and same_task else ""
             raise InputError(
                 f"{path}: was begun with {name}={was}, now {name}={now}"
                 + (f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else "")

@@ -27,6 +27,15 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """Every run jits its own functions; the second one of a kind should not compile again. The folder."""
+    folder = tmp_path_factory.mktemp("xla")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Recorded outputs, real images and the real tokenizer, kept beside the repository."""

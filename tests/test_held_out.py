@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from running import Killed, killed_after, lines
 from small_run import small
 from test_never_lost import board
 
@@ -19,13 +20,7 @@ from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.loading import load_model, load_workdir
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Every run jits its own functions; the second one of a kind should not compile again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def config(**fields):
@@ -148,10 +143,6 @@ def test_the_loss_is_that_of_a_plain_loop_with_the_parameters_that_score(ema_dec
 RISING = {2: 0.3, 4: 0.2, 6: 0.4, 7: 0.5}
 
 
-def lines(workdir, name="held_out.jsonl"):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-
-
 def saved_steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
@@ -218,7 +209,7 @@ def test_the_best_outlives_the_last_n_and_is_what_scores_and_loads(
     assert_same_params(scored_params[0], params_at[2])
     assert_same_params(load_workdir(tmp_path / "run")[1], params_at[2])
     assert differ(params_at[2], params_at[7])
-    rows = lines(tmp_path / "run")
+    rows = lines(tmp_path / "run", "held_out.jsonl")
     assert [(row["step"], row["held_out_loss"]) for row in rows] == list(losses_by_step.items())
     told = capsys.readouterr().err
     assert f"held-out loss of {rows[0]['num_rows']} meta rows: the best, 0.2 at step 2 scores" in told
@@ -233,26 +224,8 @@ def test_a_loss_that_is_not_finite_is_no_best_and_the_last_scores_where_all_are_
     assert saved_steps(tmp_path / "run") == [6, 7]
     assert_same_params(scored_params[0], params_at[7])
     assert_same_params(load_workdir(tmp_path / "run")[1], params_at[7])
-    assert [row["held_out_loss"] for row in lines(tmp_path / "run")] == [None] * 4
+    assert [row["held_out_loss"] for row in lines(tmp_path / "run", "held_out.jsonl")] == [None] * 4
     assert "none has a finite one: the last scores" in capsys.readouterr().err
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_at(number, monkeypatch):
-    """Ends the run once so many steps were sent off."""
-    count, original = 0, train._Logger.push
-
-    def push(logger, *step):
-        nonlocal count
-        original(logger, *step)
-        count += 1
-        if count > number:
-            raise Killed
-
-    monkeypatch.setattr(train._Logger, "push", push)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +235,7 @@ def whole(tmp_path_factory):
 
 
 def assert_same_end(workdir, whole):
-    assert lines(workdir) == lines(whole)
+    assert lines(workdir, "held_out.jsonl") == lines(whole, "held_out.jsonl")
     assert board(workdir) == board(whole)
     assert [step for tag, step in board(whole) if tag == "bilevel/held_out_loss"] == [1, 3, 5, 6]
     for name in ("instance_weights.jsonl", "meta_params.safetensors", "test_scores.jsonl"):
@@ -274,7 +247,7 @@ def assert_same_end(workdir, whole):
 
 def test_a_run_measures_each_checkpoint_of_the_weighted_phase_on_rows_it_never_drew(whole):
     workdir, summary = whole
-    rows = lines(workdir)
+    rows = lines(workdir, "held_out.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
     best = min(rows, key=lambda row: (row["held_out_loss"], row["step"]))
     assert (summary["best_step"], summary["held_out_loss"]) == (best["step"], best["held_out_loss"])
@@ -284,7 +257,7 @@ def test_a_run_measures_each_checkpoint_of_the_weighted_phase_on_rows_it_never_d
 @pytest.mark.parametrize("number", [3, 6])
 def test_a_killed_run_goes_on_to_the_same_bits_and_the_same_best(whole, tmp_path, monkeypatch, number):
     with monkeypatch.context() as patched:
-        killed_at(number, patched)
+        killed_after(number + 1, patched)
         with pytest.raises(Killed):
             run_training(config(), tmp_path / "run")
     run_training(config(), tmp_path / "run")
@@ -303,7 +276,7 @@ def test_a_kill_between_the_line_and_the_checkpoint_leaves_no_line_twice(whole, 
         patched.setattr(Checkpoints, "save", save)
         with pytest.raises(Killed):
             run_training(config(), tmp_path / "run")
-    assert [row["step"] for row in lines(tmp_path / "run")] == [2, 4, 6]
+    assert [row["step"] for row in lines(tmp_path / "run", "held_out.jsonl")] == [2, 4, 6]
     run_training(config(), tmp_path / "run")
     assert_same_end(tmp_path / "run", whole[0])
 
@@ -318,7 +291,7 @@ def test_where_a_signal_comes_does_not_change_the_best(tmp_path, losses_by_step,
             run_training(config(), tmp_path / "run")
     assert 5 in saved_steps(tmp_path / "run")
     summary = run_training(config(), tmp_path / "run")
-    assert [row["step"] for row in lines(tmp_path / "run")] == [2, 4, 6, 7]
+    assert [row["step"] for row in lines(tmp_path / "run", "held_out.jsonl")] == [2, 4, 6, 7]
     assert summary["best_step"] == 4
 
 
@@ -331,7 +304,7 @@ def test_uniform_weights_are_measured_too(tmp_path, losses_by_step):
 
 def test_other_held_out_rows_cannot_go_on_by_force(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        killed_at(3, patched)
+        killed_after(4, patched)
         with pytest.raises(Killed):
             run_training(config(), tmp_path / "run")
     for share in (0.0, 0.7):

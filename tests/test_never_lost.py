@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on to the same bits: kills, signals, a full disk, damaged checkpoints."""
+"""Whatever ends a run, the same command goes on to the same bits: kills, signals, a full disk, another config."""
 
 import json
 import os
@@ -11,32 +11,21 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from running import assert_same, finished, lines, stopped, without_clocks  # noqa: F401 - fixtures
 from small_run import small
 
 from configs import table
-from dreamprm_jax import checkpoint, experiment, train
-from dreamprm_jax.checkpoint import bit_sums, check_sums
+from dreamprm_jax import checkpoint, compare, experiment, train
 from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
-from dreamprm_jax.loading import load_workdir
+from dreamprm_jax.metrics import MetricsWriter
+from dreamprm_jax.workdir import open_alone
 
-# A reader that fails leaves the other arrays' readers to the garbage collection, which complains.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 REPOSITORY = Path(__file__).parent.parent
 NUM_STEPS = 40  # of a run by `command`, which has one phase: each start traces its step anew
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Every run jits its own functions; the second one of a kind should not compile again."""
-    folder = tmp_path_factory.mktemp("xla")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +63,6 @@ def whole(tmp_path_factory, environment):
     return workdir
 
 
-def lines(workdir, name="metrics.jsonl"):
-    path = workdir / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def without_clocks(rows):
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
-
-
-def arrays(workdir):
-    """All arrays of the newest checkpoint, by name."""
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))
-    found = jax.tree_util.tree_leaves_with_path(saved["arrays"])
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
-
-
 def board(workdir):
     """Values of TensorBoard's scalars by (tag, step), as it shows them: a restart purges what comes after."""
     from tensorboardX.proto.event_pb2 import Event
@@ -106,17 +78,6 @@ def board(workdir):
                 found = {key: value for key, value in found.items() if key[1] < event.step}
             found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
     return {key: value for key, value in found.items() if "second" not in key[0]}
-
-
-def assert_same(workdir, whole):
-    """Parameters, both optimizers, the table, the logs, the results: to the bit."""
-    assert without_clocks(lines(workdir)) == without_clocks(lines(whole))
-    for name in ("instance_weights.jsonl", "meta_params.safetensors", "test_scores.jsonl"):
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
-    found, wanted = arrays(workdir), arrays(whole)
-    assert found.keys() == wanted.keys()
-    for name, leaf in wanted.items():
-        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
 
 
 def test_twenty_kills_change_nothing(tmp_path, whole, environment):
@@ -195,109 +156,63 @@ def test_a_signal_while_a_program_is_compiled_is_heard(monkeypatch, tmp_path):
         run_training(small(table.get_config()), tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A run in the midst of its steps, with two checkpoints."""
-    workdir = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        original = train._Logger.push
+def test_a_signal_that_ends_the_readers_first_saves_all_the_same(monkeypatch, tmp_path):
+    """In a terminal a signal goes to all processes of a run, and the batches' may be gone before ours looks."""
+    original = train._placed_batches
 
-        def push(logger, step, metrics):
-            original(logger, step, metrics)
-            if (logger._phase.name, step) == ("bilevel", 5):
-                raise RuntimeError("killed")
+    def placed(phase, start):
+        for number, batches in enumerate(original(phase, start)):
+            if (phase.name, number) == ("bilevel", 3):
+                signal.raise_signal(signal.SIGTERM)
+                raise RuntimeError("Worker process was terminated unexpectedly")
+            yield batches
 
-        patched.setattr(train._Logger, "push", push)
-        with pytest.raises(RuntimeError, match="killed"):
-            run_training(small(table.get_config()), workdir)
-    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 7]
-    return workdir
+    monkeypatch.setattr(train, "_placed_batches", placed)
+    with pytest.raises(Stopped, match="saved up to step 6"):
+        run_training(small(table.get_config()), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/6").is_dir()
 
 
-@pytest.fixture(scope="module")
-def finished(stopped, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("stopped") / "finished"
-    shutil.copytree(stopped, workdir)
-    run_training(small(table.get_config()), workdir)
-    return workdir
+def test_while_steps_are_skipped_a_signal_saves_nothing(monkeypatch, tmp_path):
+    original = train._stops
+    monkeypatch.setattr(train, "_stops", lambda phase, step, asked: step == 6 or original(phase, step, asked))
+    cfg = small(table.get_config())
+    cfg.pretrain.num_steps = cfg.cold_start.num_steps = 0
+    cfg.inner.lr, cfg.num_steps, cfg.max_skipped, cfg.checkpoint_every = 1e30, 30, 20, 2
+    with pytest.raises(Stopped) as found:
+        run_training(cfg, tmp_path / "run")
+    first = lines(tmp_path / "run", "skipped_steps.jsonl")[0]["step"]
+    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert first < 6 and max(saved) <= first
+    assert f"saved up to step {max(saved)};" in str(found.value)
 
 
-def truncated(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def test_tensorboards_writer_may_end_before_the_run(tmp_path):
+    """Its thread ends at a full disk; a call that hands it more would then wait for good."""
+    writer = MetricsWriter(tmp_path, 0, 30)
+    events = writer._board.file_writer.event_writer
+    events._worker.stop()
+    for step in range(30):  # more than its queue holds
+        writer.write({"step": step, "phase": "bilevel", "inner_loss": 1.0, "instance_weights": [1.0]})
+    writer.close()
+    assert len(lines(tmp_path)) == 30
 
 
-def flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "run.lock").mkdir()  # what refuses even a superuser
+    refused = pytest.raises(InputError, match=r"run\.lock: cannot be written .*; give another --workdir")
+    with refused, open_alone(tmp_path / "run.lock"):
+        pass
 
 
-def largest(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+def test_a_comparison_that_is_asked_to_end_begins_no_other_part(monkeypatch, tmp_path):
+    def stopping(cfg, workdir):
+        raise Stopped(signal.SIGTERM, "the run is saved up to step 2")
 
-
-@pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink])
-@pytest.mark.parametrize("which", ["data", "progress"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
-    stopped, finished, tmp_path, capsys, damage, which
-):
-    workdir = tmp_path / "run"
-    shutil.copytree(stopped, workdir)
-    newest = workdir / "checkpoints/7"
-    damage(largest(newest) if which == "data" else newest / "progress/metadata")
-    if which == "progress" and damage is not flipped:  # a model's own reader looks at its parameters alone
-        with pytest.raises(InputError, match=f"{newest}: is damaged") as found:
-            load_workdir(workdir)
-        assert "\n" not in str(found.value)
-    run_training(small(table.get_config()), workdir)
-    assert f"{newest}: is damaged (" in capsys.readouterr().err
-    assert (workdir / "damaged/7").is_dir()
-    assert_same(workdir, finished)
-
-
-def test_every_bit_of_every_file_of_a_checkpoint_counts(stopped, finished, tmp_path):
-    """One file after the other, a bit at a place of its own: what is read is what was saved, or it is not read."""
-    rng = random.Random(1)
-    saved = arrays(finished)
-    for path in sorted(path for path in (finished / "checkpoints/10").rglob("*") if path.is_file()):
-        for _ in range(3):
-            workdir = tmp_path / "run"
-            shutil.copytree(finished, workdir)
-            spoilt = workdir / path.relative_to(finished)
-            content = bytearray(spoilt.read_bytes())
-            if not content:
-                continue
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            spoilt.write_bytes(content)
-            try:
-                _, params = load_workdir(workdir)
-            except InputError as error:
-                assert "is damaged" in str(error)
-            else:
-                wanted = {name: leaf for name, leaf in saved.items() if "'params'" in name}
-                found = jax.tree_util.tree_leaves_with_path(params)
-                assert len(found) == len(wanted)
-                for (key, leaf), (name, truth) in zip(found, wanted.items(), strict=True):
-                    assert name.endswith(jax.tree_util.keystr(key))
-                    np.testing.assert_array_equal(leaf, truth)
-            shutil.rmtree(workdir)
-
-
-def test_the_sums_tell_any_change():
-    tree = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": [np.ones(5, jax.numpy.bfloat16), np.int32(3)]}
-    tree = jax.tree.map(jax.numpy.asarray, tree)
-    sums = bit_sums(tree)
-    assert set(sums) == {"a", "b/0", "b/1"}
-    check_sums(tree, json.loads(json.dumps(sums)))
-    swapped = tree["a"].at[0, 0].set(tree["a"][2, 3]).at[2, 3].set(tree["a"][0, 0])
-    for name, other in (
-        ("a", tree | {"a": tree["a"].at[1, 2].multiply(1 + 2**-23)}),
-        ("a", tree | {"a": swapped}),
-        ("b/0", tree | {"b": [tree["b"][0].at[4].set(-1), tree["b"][1]]}),
-        ("b/1", tree | {"b": [tree["b"][0], tree["b"][1] + 1]}),
-    ):
-        with pytest.raises(ValueError, match=f"{name} is not what was saved, 1 of 3"):
-            check_sums(other, sums)
+    monkeypatch.setattr(compare, "run_training", stopping)
+    job = compare.Job(*(None for _ in compare.Job._fields))._replace(workdir=tmp_path / "part")
+    with pytest.raises(Stopped):
+        compare.run_part(job)
 
 
 def test_a_second_run_on_a_workdir_refuses(tmp_path, environment, whole):
@@ -401,6 +316,19 @@ def test_force_refuses_what_cannot_go_on(stopped, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run_training(cfg, workdir)
     assert (workdir / "checkpoints/7").is_dir()
+    assert json.loads((workdir / "config.json").read_text()) == json.loads((stopped / "config.json").read_text())
+
+
+def test_a_force_that_is_refused_leaves_a_finished_run_as_it_was(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    cfg = small(table.get_config())
+    cfg.resume, cfg.ema_decay = "force", 0.9
+    with pytest.raises(InputError, match="ema/.* is missing there"):
+        run_training(cfg, workdir)
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+    assert run_training(small(table.get_config()), workdir)["num_steps"] == 7
 
 
 def test_out_of_device_memory_names_the_shapes_and_the_settings(tmp_path, monkeypatch):

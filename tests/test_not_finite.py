@@ -1,12 +1,11 @@
 """A loss or a gradient that is not finite: nothing moves, the rows are written down, a hopeless run says so."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from running import lines
 from small_run import small
 from toy import NUM_EXAMPLES, batch_of, small_problem
 
@@ -19,10 +18,6 @@ from dreamprm_jax.inner import advance
 from dreamprm_jax.metrics import read_metrics
 
 TABLE = weighting.instance_table(NUM_EXAMPLES, "projected", 0.0, 3.0)
-
-
-def lines(workdir, name="metrics.jsonl"):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
 def poisoned(problem, bad_row, value):

@@ -4,19 +4,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_training import Killed, lines, small_config, without_clocks
+from running import Killed, killed_after, lines, without_clocks
+from test_training import small_config
 
 from configs import score
-from dreamprm_jax import results, train
+from dreamprm_jax import results
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.loading import load_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def adapters_config():
@@ -85,16 +81,7 @@ def test_a_workdir_is_the_model_that_scored(finished):
 @pytest.mark.parametrize("last_step", [0, 4])
 def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, last_step):
     """Killed at the end of pretraining, after which the model is parted, and in the weighted phase."""
-    count, original = 0, train._Logger.push
-
-    def push(logger, *step):
-        nonlocal count
-        original(logger, *step)
-        count += 1
-        if count > last_step + 1:
-            raise Killed
-
-    monkeypatch.setattr(train._Logger, "push", push)
+    killed_after(last_step + 2, monkeypatch)
     with pytest.raises(Killed):
         run_training(adapters_config(), tmp_path / "killed")
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from running import Killed, killed_after, lines, without_clocks
 from safetensors.numpy import load_file, save_file
 from small_run import small
 
@@ -23,26 +24,13 @@ def small_config(get_config=table.get_config):
     return small(get_config())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Every run jits its own functions; the second one of a kind should not compile again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "whole"
     return workdir, run_training(small_config(), workdir)
-
-
-def lines(workdir, name="metrics.jsonl"):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-
-
-def without_clocks(rows):
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
 def test_a_run_leaves_every_file(finished):
@@ -90,24 +78,11 @@ def test_weights_are_listed_row_by_row(finished):
     assert {row["corrupted"] for row in rows} == {True, False}
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("last_step", [1, 5, 9])
 def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, last_step):
     """Killed in the cold start, in the bilevel phase off a checkpoint, and in its last step."""
-    workdir, count = tmp_path / "killed", 0
-    original = train._Logger.push
-
-    def push(logger, *step):
-        nonlocal count
-        original(logger, *step)
-        count += 1
-        if count > last_step:
-            raise Killed
-
-    monkeypatch.setattr(train._Logger, "push", push)
+    workdir = tmp_path / "killed"
+    killed_after(last_step + 1, monkeypatch)
     with pytest.raises(Killed):
         run_training(small_config(), workdir)
     monkeypatch.undo()

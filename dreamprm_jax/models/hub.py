@@ -39,16 +39,21 @@ def _download(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
     try:
         directory = Path(huggingface_hub.snapshot_download(repo, **wanted))
     except Exception as error:  # the client raises errors of several libraries
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        if token := huggingface_hub.get_token():
-            reason = reason.replace(token, "[token]")
-        kind = type(error).__name__
+        reason = told(error)
     else:
         pin = "" if revision == directory.name else f"; {repo}@{directory.name} asks for this one again"
         print(printable(f"{name}: commit {directory.name}{pin}"), file=sys.stderr)
         return directory
     # Outside the handler: the client's own error holds the request, and its headers the token.
     raise InputError(
-        f"{name}: no such directory, and the Hub did not give it ({kind}: {reason}); check the name and the network, "
-        "or download the checkpoint elsewhere and give its directory"
+        f"{name}: no such directory, and the Hub did not give it ({reason}); check the name and the network, or "
+        "download the checkpoint elsewhere and give its directory"
     )
+
+
+def told(error: Exception) -> str:
+    """What the client's error says, in one line and without the token."""
+    import huggingface_hub
+
+    text, token = (str(error).strip() or "no reason given").splitlines()[0], huggingface_hub.get_token()
+    return f"{type(error).__name__}: {text.replace(token, '[token]') if token else text}"

@@ -1,0 +1,65 @@
+"""Pieces that both towers are made of: GELU, attention, and which attention serves."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamprm_jax.models.layers import attend_in_blocks, choose_attention, gelu
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-7), ("bfloat16", 2**-8)])
+def test_gelu_is_exact_and_so_are_its_derivatives(dtype, tolerance):
+    x = np.linspace(-3, 6, 3001).astype(dtype)
+    with jax.enable_x64(True):
+        exact = partial(jax.nn.gelu, approximate=False)
+        slope = jax.vmap(jax.grad(exact))
+        wanted = [np.asarray(f(jnp.asarray(x, "float64"))) for f in (exact, slope, jax.vmap(jax.grad(jax.grad(exact))))]
+    found = [gelu, jax.vmap(jax.grad(gelu)), jax.vmap(jax.grad(jax.grad(gelu)))]
+    for name, function, truth in zip(("value", "slope", "curvature"), found, wanted, strict=True):
+        np.testing.assert_allclose(np.float64(function(x)), truth, rtol=tolerance, atol=tolerance, err_msg=name)
+    forward = jax.jvp(gelu, (x,), (np.ones_like(x),))[1]
+    np.testing.assert_allclose(np.float64(forward), wanted[1], rtol=tolerance, atol=tolerance)
+    # Where it is small, too: erfc in bfloat16 has lost all but five bits at -3.
+    np.testing.assert_allclose(np.float64(gelu(x)), wanted[0], rtol=max(tolerance, 1e-4))
+    if dtype == "bfloat16":
+        library = np.float64(jax.nn.gelu(x, approximate=False))
+        assert np.max(np.abs(library - wanted[0]) / np.maximum(np.abs(wanted[0]), 1e-3)) > 0.02  # or ours can go
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300, 2100])  # one block, one block, two blocks, eight blocks
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_blocks_is_the_attention_of_an_accelerator(num_tokens, causal):
+    keys = jax.random.split(jax.random.key(num_tokens), 4)
+    shapes = ((2, num_tokens, 4, 6), (2, num_tokens, 2, 6), (2, num_tokens, 2, 6), (2, num_tokens, 4, 6))
+    q, k, v, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    reference = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
+
+    @jax.jit
+    def both(q, k, v):
+        results = [jax.vjp(function, q, k, v) for function in (partial(attend_in_blocks, causal=causal), reference)]
+        return [(value, pull(cotangent)) for value, pull in results]
+
+    ours, expected = both(q, k, v)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6 * max(1.0, float(jnp.abs(other).max())))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "forward_mode", "expected"),
+    [
+        ("9.0", "bfloat16", False, "cudnn"),
+        ("8.0", "bfloat16", False, "cudnn"),
+        ("7.5", "bfloat16", False, "xla"),
+        ("9.0", "float32", False, "xla"),
+        ("9.0", "bfloat16", True, "xla"),
+        ("gfx942", "bfloat16", False, "xla"),
+        (None, "bfloat16", False, "xla"),
+    ],
+)
+def test_attention_is_fused_where_it_serves(monkeypatch, capability, dtype, forward_mode, expected):
+    device = type("Device", (), {} if capability is None else {"compute_capability": capability})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert choose_attention(dtype, forward_mode) == expected
