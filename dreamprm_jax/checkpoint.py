@@ -8,9 +8,11 @@ be what was saved.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, measured: bool = False):
+        _hush_readers()
         self._workdir, self._folder = workdir, (workdir / CHECKPOINTS).absolute()
         found = _damaged_metrics(self._folder)
         sharding.meet("metrics are read")
@@ -298,6 +301,24 @@ def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+@functools.cache
+def _hush_readers() -> None:
+    """Keeps quiet, from now on, what is left of a failed read.
+
+    Where one array cannot be read, Orbax closes the loop under the readers of the others, and each would print a
+    traceback when TensorStore's threads or the garbage collection come to it.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        error = unraisable.exc_value
+        cause = getattr(error, "__cause__", None)
+        if not (isinstance(cause, GeneratorExit) or str(error) == "Event loop is closed"):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _line_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}"
 
@@ -342,6 +363,7 @@ def _is_damaged(folder: Path, error: Exception) -> InputError:
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     """What reads a part of a checkpoint's arrays, and knows the best one."""
+    _hush_readers()
     handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
     folder = (workdir / CHECKPOINTS).absolute()
     return ocp.CheckpointManager(folder, options=_options(None, measured=True), item_handlers=handlers)

@@ -18,11 +18,7 @@ from dreamprm_jax.errors import InputError
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.loading import load_workdir
 
-pytestmark = [
-    # A reader that fails leaves the other arrays' readers to the garbage collection, which complains.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("compilation_cache"),
-]
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def truncated(path):

@@ -173,20 +173,6 @@ def test_a_signal_that_ends_the_readers_first_saves_all_the_same(monkeypatch, tm
     assert (tmp_path / "run/checkpoints/6").is_dir()
 
 
-def test_while_steps_are_skipped_a_signal_saves_nothing(monkeypatch, tmp_path):
-    original = train._stops
-    monkeypatch.setattr(train, "_stops", lambda phase, step, asked: step == 6 or original(phase, step, asked))
-    cfg = small(table.get_config())
-    cfg.pretrain.num_steps = cfg.cold_start.num_steps = 0
-    cfg.inner.lr, cfg.num_steps, cfg.max_skipped, cfg.checkpoint_every = 1e30, 30, 20, 2
-    with pytest.raises(Stopped) as found:
-        run_training(cfg, tmp_path / "run")
-    first = lines(tmp_path / "run", "skipped_steps.jsonl")[0]["step"]
-    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert first < 6 and max(saved) <= first
-    assert f"saved up to step {max(saved)};" in str(found.value)
-
-
 def test_tensorboards_writer_may_end_before_the_run(tmp_path):
     """Its thread ends at a full disk; a call that hands it more would then wait for good."""
     writer = MetricsWriter(tmp_path, 0, 30)

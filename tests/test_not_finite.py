@@ -10,8 +10,8 @@ from small_run import small
 from toy import NUM_EXAMPLES, batch_of, small_problem
 
 from configs import table
-from dreamprm_jax import bilevel, build, losses, optimizers, weighting
-from dreamprm_jax.errors import InputError
+from dreamprm_jax import bilevel, build, losses, optimizers, train, weighting
+from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
 from dreamprm_jax.hypergradient import ESTIMATORS
 from dreamprm_jax.inner import advance
@@ -111,3 +111,17 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path):
     assert str(found.value).endswith(f"the last good checkpoint is {tmp_path / 'run/checkpoints' / str(saved[-1])}")
     assert saved[-1] <= skipped[0]["step"]  # none of parameters in doubt
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(skipped[-1]["step"] + 1))
+
+
+def test_a_signal_after_a_step_that_was_skipped_saves_nothing(tmp_path, monkeypatch):
+    """Its parameters are in doubt until a step is applied."""
+    original, stops = build.prm_problem, train._stops
+    monkeypatch.setattr(build, "prm_problem", lambda *args: poisoned(original(*args), 17, jnp.inf))
+    monkeypatch.setattr(train, "_stops", lambda phase, step, asked: step == 6 or stops(phase, step, asked))
+    cfg = small(table.get_config())
+    cfg.pretrain.num_steps = cfg.cold_start.num_steps = 0
+    cfg.checkpoint_every = 2
+    with pytest.raises(Stopped, match="saved up to step 4;"):
+        run_training(cfg, tmp_path / "run")
+    assert [row["step"] for row in lines(tmp_path / "run", "skipped_steps.jsonl")] == [5]
+    assert max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()) == 4

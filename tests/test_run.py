@@ -104,11 +104,12 @@ def test_help_needs_no_config():
 def test_an_answer_to_the_command_line_needs_no_jax(argument):
     """Loading it takes longer than all the rest."""
     code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]\n"
-        "try: runpy.run_path('run.py', run_name='__main__')\n"
-        "finally: print(sorted({'jax', 'flax', 'orbax', 'matplotlib', 'scipy', 'grain'} & set(sys.modules)))\n"
+        "import run, sys\n"
+        "status = run.main(['run.py', *sys.argv[1:]])\n"
+        "print(sorted({'jax', 'flax', 'orbax', 'matplotlib', 'scipy', 'grain'} & set(sys.modules)))\n"
+        "sys.exit(status)\n"
     )
-    command = [sys.executable, "-c", code, "run.py", TABLE, argument]
+    command = [sys.executable, "-c", code, TABLE, argument]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == (0 if argument == "--help" else 2)
     assert done.stdout.splitlines()[-1] == "[]"
