@@ -150,9 +150,10 @@ def activation_bytes(work: Work, passes: Passes, itemsize: int, added_first: boo
     """All-reduces over tensor.
 
     In every layer one after attention and one after the MLP, of [rows, tokens, D]; backward as many, where the parts
-    that meet at a norm are `added_first`: else queries, keys, values, gate and up bring five in a language layer. The
-    projector has one each way, the embedding one forward, the head one backward. A tangent's pass has as many again;
-    or twice as many, but for the embedding, where its parts, by u and by the stream, are not `added_first`.
+    that meet at a norm are `added_first`: else queries, keys, values, gate and up bring five in a language layer, and
+    the first three and the MLP four in one of the vision tower. The projector has one each way, the embedding one
+    forward, the head one backward. A tangent's pass has as many again; or twice as many, but for the embedding, where
+    its parts, by u and by the stream, are not `added_first`.
     """
     config, layout = work.config, work.layout
     vision, language = config.vision, config.language
@@ -161,11 +162,12 @@ def activation_bytes(work: Work, passes: Passes, itemsize: int, added_first: boo
     found = {leaf.path: leaf.tensor for leaf in leaves(config, layout)}
 
     def numbers(backward: bool) -> Iterator[float]:
+        joined = added_first or not backward
         patches = tiles * (1 + vision.grid**2) * vision.width * vision.num_layers
-        yield patches * (found["vision/layers/out/kernel"] + found["vision/layers/fc1/kernel"])
+        yield patches * found["vision/layers/out/kernel"] * (1 if joined else 3)
+        yield patches * found["vision/layers/fc1/kernel"]
         stream = tokens * language.width * language.num_layers
         heads = [found[f"language/layers/{name}/kernel"] for name in "qkv"]
-        joined = added_first or not backward
         yield stream * (any(heads) if joined else sum(heads))
         yield stream * found["language/layers/down/kernel"] * (1 if joined else 2)
         image = tiles * config.image_tokens_per_tile * found["projector/fc1/kernel"]

@@ -13,7 +13,7 @@ at hand, which says what memory they take there. All else is arithmetic:
   backward pass, written and read; logits. What passes between the operations of a layer would come on top.
 - A chip without fused attention takes XLA's, with all the logits of a layer in memory: more flops, bytes and memory.
 - Bound: the longer of flops by peak rate and bytes by bandwidth. No step is faster; real ones are slower.
-- Memory: the state and the temporary memory of the program, as an H100 was measured to need it (docs/performance.md),
+- Memory: the state and the temporary memory of the program, as XLA plans it for an H100 (`benchmarks.traffic`),
   or else arrays of the parameters' size and kept activations added up.
 """
 
@@ -63,14 +63,24 @@ CHIPS = (
     Chip("TPU v5e", 197e12, 0.819e12, 16e9, fused=False),
 )
 
-# (program, B) -> (ms, temporary GiB) of one H100: docs/performance.md; 7 tiles, remat dots, meta rows one at a time.
+# (program, B) -> ms of one H100, of an earlier version of the programs: docs/performance.md; 7 tiles, remat dots, meta
+# rows one at a time.
 MEASURED = {
-    ("training", 1): (96.5, 8.6),
-    ("bilevel", 1): (182.6, 16.0),
-    ("scoring", 1): (23.1, 0.3),
-    ("training", 8): (522.9, 43.4),
-    ("bilevel", 8): (1402.0, 44.1),
-    ("scoring", 8): (139.7, 1.1),
+    ("training", 1): 96.5,
+    ("bilevel", 1): 182.6,
+    ("scoring", 1): 23.1,
+    ("training", 8): 522.9,
+    ("bilevel", 8): 1402.0,
+    ("scoring", 8): 139.7,
+}
+# The same programs as they are -> temporary GiB, as XLA plans it for an H100: benchmarks/traffic.py.
+PLANNED = {
+    ("training", 1): 7.6,
+    ("bilevel", 1): 14.1,
+    ("scoring", 1): 0.7,
+    ("training", 8): 43.6,
+    ("bilevel", 8): 34.7,
+    ("scoring", 8): 1.6,
 }
 PAPER_ITERATIONS = 100_000
 
@@ -131,7 +141,10 @@ def attention_flops(config: presets.InternVLConfig, setting: step.Setting) -> fl
 
 
 def kept_bytes(config: presets.InternVLConfig, problem: Problem, params: Any, batch: Batch) -> int:
-    """Bytes of the activations that a gradient of the batch's losses keeps for its way back; XLA's attention traced."""
+    """Bytes of the activations that a gradient of the batch's losses keeps for its way back; XLA's attention traced.
+
+    `params`: in the compute type, since what is cast is counted by itself.
+    """
 
     def way_back(params: Any, batch: Batch) -> Any:
         return jax.vjp(lambda params: problem.losses(params, batch)[0], params)[1]
@@ -157,6 +170,9 @@ class Sizes(NamedTuple):
     """Bytes that several figures are made of."""
 
     params: int
+    computed: int  # the parameters, and so a gradient, with those that stand in products in the compute type
+    cast: int  # of these: what is a copy
+    first: int  # of a gradient: what the way back comes to first, the language model's part but for its embedding
     embedding: int  # of the parameters: a pass reads a few rows of it
     logits: int  # of a row
     kept: int  # at a time: activations for the way back
@@ -175,18 +191,38 @@ def sizes(
     bucket = (setting.num_tiles, step.tokens_of_row(config, setting.num_tiles))
     batch = workload.random_batch(config, [bucket] * at_once, bucket, 0)
     embedding, vision, patches = language.vocab_size * language.width, config.vision, 1 + config.vision.grid**2
-    widest = at_once * max(setting.num_tiles * patches * vision.mlp_width, bucket[1] * language.mlp_width)
     tiles_heads = FLOAT32 * at_once * setting.num_tiles * vision.num_heads * patches**2
     text_heads = FLOAT32 * at_once * language.num_heads * bucket[1] ** 2
+    computed = jax.eval_shape(problem.cast_to_compute, params)
+    leaves = jax.tree.leaves(computed)
     return Sizes(
-        params=FLOAT32 * sum(leaf.size for leaf in jax.tree.leaves(params)),
+        params=FLOAT32 * sum(leaf.size for leaf in leaves),
+        computed=_num_bytes(leaves),
+        cast=_copied(computed),
+        first=_num_bytes(jax.tree.leaves(computed["language"])) - FLOAT32 * embedding,
         embedding=0 if language.tie_embeddings else FLOAT32 * embedding,
         logits=FLOAT32 * workload.NUM_STEPS * language.vocab_size,
-        kept=0 if setting.program == "scoring" else kept_bytes(config, problem, params, batch),
+        kept=0 if setting.program == "scoring" else kept_bytes(config, problem, computed, batch),
         heads=vision.num_layers * tiles_heads + language.num_layers * text_heads,
         heads_of_layer=max(tiles_heads, text_heads),
-        forward=DTYPE_BYTES * (embedding + 2 * widest),  # the head in the compute type; before and after an activation
+        forward=max(
+            # A tower's kernels in the compute type, before and after an activation, before and after a residual sum.
+            _copied(computed[name]) + 2 * DTYPE_BYTES * at_once * positions * (tower.mlp_width + tower.width)
+            for name, tower, positions in (
+                ("vision", vision, setting.num_tiles * patches),
+                ("language", language, bucket[1]),
+            )
+        ),
     )
+
+
+def _copied(computed: Any) -> int:
+    """Bytes of what is cast, in a tree of the parameters as they are computed with."""
+    return _num_bytes([leaf for leaf in jax.tree.leaves(computed) if leaf.dtype.itemsize < FLOAT32])
+
+
+def _num_bytes(leaves: list[Any]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def moved_bytes(
@@ -194,23 +230,25 @@ def moved_bytes(
 ) -> dict[str, float]:
     """Bytes that a step moves at least, by what they are; "heads": only where attention is not fused."""
     passes = 2 + (config.remat == "full")  # of a gradient, through the weights
-    weights, params, rows = size.params - size.embedding, size.params, setting.batch_size
+    weights, params, rows = size.computed - size.embedding, size.params, setting.batch_size
+    casts = size.params - (size.computed - size.cast) + size.cast  # what is cast is read, and the copy written
     if setting.program == "scoring":
-        moved = {"weights": weights, "gradients": 0, "optimizer": 0, "kept": 0, "logits": 2 * rows * size.logits}
-        moved["heads"] = 2 * size.heads
+        moved = {"weights": casts + weights, "gradients": 0, "optimizer": 0, "kept": 0}
+        moved |= {"logits": 2 * rows * size.logits, "heads": 2 * size.heads}
     elif setting.program == "training":
         # The gradient is written and read; parameters and both moments are read and written.
-        moved = {"weights": passes * weights, "gradients": 2 * params, "optimizer": 6 * params}
+        moved = {"weights": casts + passes * weights, "gradients": 2 * size.computed, "optimizer": 6 * params}
         moved |= {"kept": 2 * size.kept, "logits": 4 * rows * size.logits}
         moved["heads"] = 3 * 2 * size.heads  # forward, again for the way back, and their gradient
     else:
         turns, meta_turns = turns_of(setting, micro_batch), rows // micro_batch
-        gradients = 2 * rows + 1  # every row's is written, and read for the weighted sum, which is written
-        gradients += meta_turns + 3 * (meta_turns - 1)  # the meta gradient, added up where it comes in parts
-        gradients += 2 * rows  # slopes: every row's gradient and u
+        gradients = 2 * rows * size.computed + params  # every row's: written, and read for their sum, which is written
+        gradients += meta_turns * size.computed  # the meta gradient
+        gradients += (meta_turns - 1) * (size.computed + 2 * params)  # added up in float32 where it comes in parts
+        gradients += rows * (size.computed + params)  # slopes: every row's gradient and u
         # The step reads the sum, parameters and moments and writes the last two; its way back reads the sum, the new
         # moments and the meta gradient and writes u.
-        moved = {"weights": passes * turns * weights, "gradients": gradients * params, "optimizer": (7 + 5) * params}
+        moved = {"weights": 2 * casts + passes * turns * weights, "gradients": gradients, "optimizer": (7 + 5) * params}
         moved |= {"kept": 2 * turns * size.kept, "logits": 4 * 2 * rows * size.logits}
         moved["heads"] = 3 * 2 * turns * size.heads
     return {name: float(value) for name, value in moved.items()}
@@ -220,11 +258,11 @@ def temporary_bytes(setting: step.Setting, micro_batch: int, size: Sizes) -> flo
     """Bytes of temporary memory, from the arrays that have to be there at once."""
     if setting.program == "scoring":
         return float(size.forward)
-    if setting.program == "training":
-        return float(size.params + size.kept)  # the gradient
-    # Every row's gradient, their weighted sum, the meta gradient, and the part that is added to it.
-    gradients = setting.batch_size + 2 + (setting.batch_size > micro_batch)
-    return float(gradients * size.params + size.kept)
+    if setting.program == "training":  # when the way back begins: later, activations make room for the gradient
+        return float(size.kept + size.cast + size.first)
+    # Every row's gradient, their weighted sum, and the meta gradient: in float32, with a part, where it is added up.
+    meta = 2 * size.params if setting.batch_size > micro_batch else size.computed
+    return float(setting.batch_size * size.computed + size.params + meta + size.kept + size.cast)
 
 
 def compiled(traced: Any) -> dict[str, Any]:
@@ -290,7 +328,7 @@ def analyse(size: str, config: presets.InternVLConfig, setting: step.Setting) ->
     plain, batched = products(counted.jaxpr.jaxpr)
     found = sizes(config, setting, micro_batch, problem, params)
     is_measured = size == "internvl3_1b" and setting.num_tiles == 7 and config.remat == "dots"
-    ms, gib = MEASURED.get(setting[:2], (None, None)) if is_measured else (None, None)
+    ms, gib = (MEASURED.get(setting[:2]), PLANNED.get(setting[:2])) if is_measured else (None, None)
     computed = temporary_bytes(setting, micro_batch, found)
     program = Program(
         setting=setting,
@@ -311,7 +349,7 @@ def analyse(size: str, config: presets.InternVLConfig, setting: step.Setting) ->
         "fused TFLOP": program.fused_flops / 1e12,
         "XLA attention TFLOP": program.xla_flops / 1e12,
         "temporary GiB, computed": computed / 2**30,
-        "temporary GiB, H100": gib,
+        "temporary GiB, planned for an H100": gib,
         **compiled(to_compile),
     }
     return program, line

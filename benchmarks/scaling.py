@@ -132,7 +132,8 @@ def sorted_out(found: list[collectives.Collective], work: Work) -> Sent:
 
 
 def _parameter_shapes(work: Work) -> set[tuple[int, ...]]:
-    """Of every parameter, and of one layer of it, as tensor divides them; divided by fsdp too, and whole in it."""
+    """Of every parameter, of one layer of it and of the matrix that its products take, as tensor divides them; divided
+    by fsdp too, and whole in it."""
     mesh = jax.sharding.AbstractMesh(tuple(work.layout), sharding.AXES)
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(communication.shapes(work.config)):
@@ -142,8 +143,16 @@ def _parameter_shapes(work: Work) -> set[tuple[int, ...]]:
         axes = [*sharding.partition(mesh, name, leaf.shape), *[None] * leaf.ndim][: leaf.ndim]
         for divided in ({"tensor": work.layout.tensor}, work.layout._asdict()):
             sizes = [size // divided.get(axis, 1) for size, axis in zip(leaf.shape, axes, strict=True)]
-            found |= {_size_key(sizes), _size_key(sizes[1:] if "layers" in name else sizes)}
+            layer = sizes[1:] if "layers" in name else sizes
+            found |= {_size_key(sizes), _size_key(layer)}
+            if name.endswith("kernel"):
+                found |= _matrices(layer[:1] + layer[2:] if "qkv" in name else layer)  # q, k and v have one each
     return found
+
+
+def _matrices(sizes: list[int]) -> set[tuple[int, ...]]:
+    """What a kernel may be as a matrix: its first axes by its last."""
+    return {_size_key((math.prod(sizes[:axis]), math.prod(sizes[axis:]))) for axis in range(1, len(sizes))}
 
 
 def _size_key(shape: Any) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def prm_problem(
         inner_tx,
         num_inner_steps=num_inner_steps,
         micro_batch_size=micro_batch,
+        cast_to_compute=partial(internvl.cast_to_compute, config),
     )
 
 

@@ -321,4 +321,5 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any, frozen: PyT
         example_clip_norm=cfg.inner.clip_norm if cfg.inner.clip_place == "per_example" else None,
         micro_batch_size=cfg.micro_batch_size,
         mesh=mesh,
+        cast_to_compute=partial(internvl.cast_to_compute, model.config),
     )

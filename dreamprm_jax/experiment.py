@@ -157,7 +157,7 @@ def resolve(cfg: Any, problem: Problem, config: presets.InternVLConfig, params: 
     """The estimator of the run, told on stderr; warns where its optimizer hides the weights from the meta loss."""
     # Cards may differ in it, and processes that took different estimators would wait for each other.
     memory = sharding.least((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
-    fit = steps.gradients_that_fit(params, frozen, config.mesh, memory)
+    fit = steps.gradients_that_fit(problem, params, frozen, config.mesh, memory)
     estimator = steps.resolve_estimator(cfg, problem, forward_mode=config.attention == "xla", fit=fit)
     print(
         f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {config.attention}",

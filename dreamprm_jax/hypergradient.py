@@ -72,9 +72,9 @@ def dot(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, 
 
     Invariant: dL_meta/dw_i = c_i <u, grad l_i> / B, u = (dU/dg)^T grad L_meta(params'); exact for one inner step
     and weights that are detached from the model. It costs one training and one meta gradient and nothing more, which
-    is the floor, and keeps B copies of the parameters' size; the examples are taken in turn, so it suits models of
-    which one example fills the machine. The gradients are weighted after they are taken, since a weight of 0 would
-    leave nothing to divide by. Reverse mode alone.
+    is the floor, and keeps B copies of the parameters' size in the compute type; the examples are taken in turn, so it
+    suits models of which one example fills the machine. The gradients are weighted after they are taken, since a weight
+    of 0 would leave nothing to divide by. Reverse mode alone.
     """
     check_estimator(problem, "dot")
     values, gradients = example_gradients(problem, state.params, batch)  # leaves [turns, at_once, ...]
@@ -84,7 +84,7 @@ def dot(problem: Problem, state: TrainState, meta_params: PyTree, batch: Batch, 
 
     factors = clip_factor(problem, of_gradients(norm))
     coefficients = cotangents(problem, meta_params, batch, values, factors)[0]  # [B]: c_i w_i / B
-    grads = _weighted_gradient(coefficients, gradients)
+    grads = _weighted_gradient(coefficients, gradients, state.params)
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
     u = beside_rows(problem.mesh, u)
     slopes, zero = _drop_residues(*of_gradients(partial(_slope_and_scale, u)))  # <u, grad l_i>
@@ -102,10 +102,10 @@ def recompute(problem: Problem, state: TrainState, meta_params: PyTree, batch: B
     check_estimator(problem, "recompute")
     grads, inner = inner_gradient(problem, state.params, meta_params, batch)
     new_state, u, meta_aux = _look_back(problem, state, grads, meta_batch)
-    u = beside_rows(problem.mesh, u)
+    u, computed = beside_rows(problem.mesh, u), problem.cast_to_compute(state.params)
 
     def slope(example: Batch) -> tuple[jax.Array, jax.Array]:
-        return _slope_and_scale(u, jax.grad(example_loss, argnums=1)(problem, state.params, example))
+        return _slope_and_scale(u, jax.grad(example_loss, argnums=1)(problem, computed, example))
 
     slopes, zero = _drop_residues(*in_order(of_each(problem, slope, batch)))
     meta_grad = _meta_slope(problem, meta_params, batch, inner.values, (slopes, None), inner.factors)
@@ -360,14 +360,14 @@ def _meta_slope(
     return pull((losses_slope, outputs_slope))[0]
 
 
-def _weighted_gradient(coefficients: jax.Array, gradients: PyTree) -> PyTree:
-    """[B] and leaves [turns, at_once, ...] -> [...], in the gradients' own type."""
+def _weighted_gradient(coefficients: jax.Array, gradients: PyTree, params: PyTree) -> PyTree:
+    """[B] and leaves [turns, at_once, ...] -> [...], in the types of `params`."""
 
-    def add_up(leaf: jax.Array) -> jax.Array:
+    def add_up(leaf: jax.Array, param: jax.Array) -> jax.Array:
         in_turn = in_turns(coefficients, leaf.shape[1])
-        return jnp.einsum("tb,tb...->...", in_turn, leaf, precision="highest").astype(leaf.dtype)
+        return jnp.einsum("tb,tb...->...", in_turn, leaf, precision="highest").astype(param.dtype)
 
-    return jax.tree.map(add_up, gradients)
+    return jax.tree.map(add_up, gradients, params)
 
 
 def _slope_and_scale(u: PyTree, gradient: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -30,6 +30,11 @@ MetaLoss = Callable[[PyTree, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 """(params, meta_batch) -> (loss [], aux: dict of arrays for the log)."""
 
 
+def as_they_are(params: PyTree) -> PyTree:
+    """The parameters of a problem that computes in their own types."""
+    return params
+
+
 class Problem(NamedTuple):
     """A bilevel problem as functions; nothing here knows about models, images or text.
 
@@ -49,6 +54,8 @@ class Problem(NamedTuple):
       micro_batch_size: rows at a time on each device, at most, whose activations are held together (`in_turns`). None:
         all of them, but one where every row needs a gradient of its own.
       mesh: the devices that divide the rows of a batch (sharding.py); None: one.
+      cast_to_compute: params -> those in the types that `losses` computes with, which changes no value of it; a row's
+        own gradient is taken and kept in these types.
     """
 
     losses: Callable[[PyTree, Batch], Values]
@@ -60,6 +67,7 @@ class Problem(NamedTuple):
     example_clip_norm: float | None = None
     micro_batch_size: int | None = None
     mesh: Mesh | None = None
+    cast_to_compute: Callable[[PyTree], PyTree] = as_they_are
 
 
 class InnerPass(NamedTuple):
@@ -236,11 +244,12 @@ def _clipped_gradient(problem: Problem, params: PyTree, meta_params: PyTree, bat
     """g with a clip per example: the examples' own gradients in turn, in the memory of two whatever B is."""
     values = problem.losses(params, batch)  # where the weights look at no outputs, the compiler drops this pass
     coefficients = cotangents(problem, meta_params, batch, values, unit_factors(values))[0]  # [B]: w_i / B
+    computed = problem.cast_to_compute(params)
 
     def add(total: PyTree, row: tuple[Batch, jax.Array]) -> tuple[PyTree, tuple[jax.Array, ...]]:
         example, coefficient = row
         loss, own = side_by_side(
-            lambda example: jax.value_and_grad(example_loss, argnums=1)(problem, params, example), example
+            lambda example: jax.value_and_grad(example_loss, argnums=1)(problem, computed, example), example
         )
         sizes = side_by_side(norm, own)
         factors = clip_factor(problem, sizes)
@@ -264,14 +273,15 @@ def weighted_sum(coefficients: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def example_gradients(problem: Problem, params: PyTree, batch: Batch) -> tuple[Values, PyTree]:
-    """(values, every example's own gradient with leaves [turns, at_once, ...]: `in_turns`)."""
+    """(values, every example's own gradient with leaves [turns, at_once, ...]: `in_turns`), in the compute type."""
+    computed = problem.cast_to_compute(params)
 
     def own(example: Batch) -> tuple[PyTree, Values]:
         def loss(params: PyTree) -> tuple[jax.Array, Values]:
             losses, outputs = problem.losses(params, example)
             return jnp.sum(losses), (losses, outputs)
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(computed)
 
     gradients, values = of_each(problem, own, batch)
     return jax.tree.map(lambda leaf: leaf[:, 0], in_order(values)), gradients

@@ -163,8 +163,8 @@ def needs_forward_mode(cfg: Any) -> bool:
     return cfg.num_inner_steps > 1 or not cfg.weighting.detached or cfg.identity_cosine_every > 0
 
 
-def gradients_that_fit(params: PyTree, frozen: PyTree, mesh: Mesh | None, memory: int) -> int:
-    """How many gradients of the trained parameters' size `dot` may keep beside all else; one a device where its memory,
+def gradients_that_fit(problem: Problem, params: PyTree, frozen: PyTree, mesh: Mesh | None, memory: int) -> int:
+    """How many gradients of the trained parameters `dot` may keep beside all else; one a device where its memory,
     in bytes, is not known (0).
 
     The state takes three of the size that a device keeps and the look back three; with the activations of one row at a
@@ -172,7 +172,8 @@ def gradients_that_fit(params: PyTree, frozen: PyTree, mesh: Mesh | None, memory
     not divided by fsdp. Above 16 rows a device, so small a model is better served by rows side by side.
     """
     kept = 8 * sharding.bytes_on_device(mesh, params) + sharding.bytes_on_device(mesh, frozen)
-    gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // (mesh.shape["tensor"] if mesh else 1)
+    computed = jax.tree.leaves(jax.eval_shape(problem.cast_to_compute, params))
+    gradient = sum(leaf.size * leaf.dtype.itemsize for leaf in computed) // (mesh.shape["tensor"] if mesh else 1)
     return sharding.num_row_shards(mesh) * min(16, max(1, (memory - kept) // gradient))
 
 

@@ -12,7 +12,7 @@ from toy import CHAINS, NUM_EXAMPLES, batch_of, distance
 
 from dreamprm_jax import bilevel, optimizers
 from dreamprm_jax.hypergradient import ESTIMATORS, EXACT
-from dreamprm_jax.inner import Problem
+from dreamprm_jax.inner import Problem, as_they_are
 from dreamprm_jax.types import TrainState
 from dreamprm_jax.weighting import instance_table
 
@@ -246,3 +246,20 @@ def test_moments_in_bfloat16_keep_the_meta_gradient(num_inner_steps, warm):
     for name in names:
         assert distance(narrow[name], wide) < 0.01 * size, name
         assert distance(narrow[name], narrow["unrolled"]) < 1e-5 * size, name
+
+
+@pytest.mark.parametrize("clip", [None, 0.02])
+def test_gradients_kept_in_the_compute_type_are_the_same(clip):
+    """Kernels enter products in bfloat16 alone, so their rows' gradients come from these and lose nothing in it."""
+    problem, state, table = with_moments(None)
+    to_bfloat16 = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.bfloat16))
+    in_bfloat16 = lambda params, batch: problem.losses(to_bfloat16(params), batch)  # noqa: E731
+    found = {}
+    for cast in (as_they_are, to_bfloat16):
+        given = problem._replace(losses=in_bfloat16, cast_to_compute=cast, example_clip_norm=clip)
+        for name in ("dot", "recompute"):
+            found[name, cast] = ESTIMATORS[name](given, state, table, batch_of([0, 1, 4]), META_BATCH)
+    for name in ("dot", "recompute"):
+        one, other = (found[name, cast] for cast in (as_they_are, to_bfloat16))
+        assert np.abs(one[0]["table"]).max() > 0
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9), one[:2], other[:2])

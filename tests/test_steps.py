@@ -1,5 +1,7 @@
 """From a config to a step: which estimator and which attention a run takes."""
 
+from functools import partial
+
 import numpy as np
 import optax
 import pytest
@@ -80,17 +82,21 @@ def test_a_run_needs_forward_mode_where_its_estimator_does(module, values, expec
 )
 def test_dot_keeps_as_many_gradients_as_fit(memory, expected):
     params = {"kernel": np.zeros((9, 10), np.float32), "bias": np.zeros(10, np.float32)}  # 400 bytes
-    assert steps.gradients_that_fit(params, {}, None, memory) == expected
+    fit = partial(steps.gradients_that_fit, PROBLEM)
+    assert fit(params, {}, None, memory) == expected
     kept = {"tower": np.zeros(100, np.float32)}  # another 400: a gradient less
-    assert steps.gradients_that_fit(params, kept, None, memory) == (max(1, expected - 1) if expected < 16 else 16)
+    assert fit(params, kept, None, memory) == (max(1, expected - 1) if expected < 16 else 16)
+    narrow = PROBLEM._replace(cast_to_compute=lambda params: {**params, "kernel": params["kernel"].astype("bfloat16")})
+    memory_of_five = 8 * 400 + 5 * 220
+    assert [steps.gradients_that_fit(given, params, {}, None, memory_of_five) for given in (PROBLEM, narrow)] == [2, 5]
 
 
 def test_devices_keep_a_gradient_for_each_row_of_theirs():
     """Two of four devices divide the parameters, all four the rows; a row's gradient is whole where the row is."""
     mesh = AbstractMesh((2, 2, 1), sharding.AXES)
     params = {"layers": {"gate": {"kernel": np.zeros((1, 10, 10), np.float32)}}}  # 400 bytes, 200 on a device
-    assert steps.gradients_that_fit(params, {}, mesh, 8 * 200 + 3 * 400) == 4 * 3
-    assert steps.gradients_that_fit(params, {}, mesh, 0) == 4
+    assert steps.gradients_that_fit(PROBLEM, params, {}, mesh, 8 * 200 + 3 * 400) == 4 * 3
+    assert steps.gradients_that_fit(PROBLEM, params, {}, mesh, 0) == 4
 
 
 def test_fused_attention_is_refused_where_it_cannot_serve():

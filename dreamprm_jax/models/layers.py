@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dreamprm_jax.models.presets import InternVLConfig
 from dreamprm_jax.sharding import by_rows, by_width
+
+PROJECTION = "projection"  # what the outputs of `Linear` are called where remat looks for what to keep
+_is_projection = jax.checkpoint_policies.save_only_these_names(PROJECTION)
 
 
 def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
@@ -57,9 +62,10 @@ class Linear(nn.Module):
     kernel_shape: tuple[int, ...]
     use_bias: bool = True
     init_scale: float = 1.0  # variance of the output for inputs of variance 1
+    is_apart: bool = False  # a product for each entry of the kernel's first output axis, and a tuple of them
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
         operands, output = self.equation.split("->")
         letters = operands.split(",")[1]
         sizes = dict(zip(letters, self.kernel_shape, strict=True))
@@ -69,28 +75,33 @@ class Linear(nn.Module):
             self.init_scale, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs
         )
         kernel = self.param("kernel", init, self.kernel_shape)
-        # The input's other axes become one, the rows of a matrix: where the kernel's gradient sums over two, XLA's CPU
-        # code first transposes the activations, which takes as long as half the product.
-        rows = x.reshape(-1, *x.shape[-len(inputs) :])
-        y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=len(inputs))
+        bias_shape = tuple(sizes[letter] for letter in output if letter in sizes)
+        bias = self.param("bias", nn.initializers.zeros, bias_shape) if self.use_bias else None
+        if not self.is_apart:
+            return self.project(x, len(inputs), kernel, bias)
+        kernels = jnp.unstack(kernel, axis=len(inputs))
+        biases = [None] * len(kernels) if bias is None else jnp.unstack(bias)
+        return tuple(self.project(x, len(inputs), *part) for part in zip(kernels, biases, strict=True))
+
+    def project(self, x: jax.Array, num_inputs: int, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """One product of two matrices. XLA's CPU code transposes the activations first where a kernel's gradient sums
+        over two axes, and its GPU code adds the bias within the product only where no reshape comes between."""
+        shape = (*x.shape[: x.ndim - num_inputs], *kernel.shape[num_inputs:])
+        num_entries = math.prod(kernel.shape[:num_inputs])
+        rows = x.reshape(-1, num_entries)
+        y = rows @ kernel.reshape(num_entries, -1).astype(x.dtype)
         if self.has_variable("params", "lora_a"):  # beside the kernel, whose own gradient is then never formed
             y = y + self.adapter(rows)
-        y = y.reshape(*x.shape[: -len(inputs)], *y.shape[1:])
-        if not self.use_bias:
-            return y
-        bias_shape = tuple(sizes[letter] for letter in output if letter in sizes)
-        bias = self.param("bias", nn.initializers.zeros, bias_shape)
-        return y + match_rank(bias, y).astype(x.dtype)
+        if bias is not None:
+            y = y + match_rank(bias.reshape(-1), y).astype(x.dtype)
+        return checkpoint_name(y, PROJECTION).reshape(shape)
 
     def adapter(self, rows: jax.Array) -> jax.Array:
         """What a low-rank adapter adds to rows [R, inputs]: scale (rows a) b, with a [inputs, r] and b [r, outputs]."""
         names = ("lora_a", "lora_b", "lora_scale")
         a, b, scale = (self.get_variable("params", name).astype(rows.dtype) for name in names)
-        few = jnp.tensordot(rows, a, axes=a.ndim - 1)  # [R, r]
-        few = few * match_rank(scale, few)
-        # With a batch axis of 1, since remat "dots" keeps all products without one: this one is quickly done again.
-        product = jax.lax.dot_general(few[None], b.reshape(1, len(b), -1), (((2,), (1,)), ((0,), (0,))))
-        return product.reshape(len(rows), *b.shape[1:])
+        few = rows @ a.reshape(rows.shape[1], -1)  # [R, r]
+        return few * match_rank(scale, few) @ b.reshape(len(b), -1)
 
 
 class LayerNorm(nn.Module):
@@ -123,12 +134,12 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(mean_square + self.eps) * match_rank(scale, x)).astype(x.dtype)
 
 
-def divided(x: jax.Array, config: InternVLConfig) -> jax.Array:
+def divided(x: jax.Array, config: InternVLConfig, num_rows: int | None = None) -> jax.Array:
     """An activation that leads with rows (or their tiles), on the devices that have the rows: without a word XLA might
-    rather move activations to the parts of the weights."""
+    rather move activations to the parts of the weights. `num_rows`: where the axis also has their positions."""
     if config.mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, by_rows(config.mesh, x.shape[0]))
+    return jax.lax.with_sharding_constraint(x, by_rows(config.mesh, num_rows or x.shape[0]))
 
 
 def divided_by_width(x: jax.Array, config: InternVLConfig) -> jax.Array:
@@ -164,11 +175,13 @@ def attend(
     if seen is not None and (jax.default_backend() != "cpu" or config.mesh is not None):
         return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=config.attention)
     if config.attention == "cudnn":
-        num_rows, num_tokens = q.shape[:2]
-        lengths = jnp.full((num_rows,), num_tokens - num_filler, jnp.int32) if num_filler else None
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
-        )
+        lengths = {}
+        if num_filler:
+            num_tokens = q.shape[1]
+            nought = 0 * jnp.isnan(q[:, 0, 0, 0])  # of q, since under vmap jax 0.10 takes them for mapped where q is
+            lengths["query_seq_lengths"] = nought + num_tokens
+            lengths["key_value_seq_lengths"] = nought + num_tokens - num_filler
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn", **lengths)
     if jax.default_backend() == "cpu" and config.mesh is None:  # its loop over heads cannot be divided
         return attend_in_blocks(q, k, v, causal or seen is not None, seen)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
@@ -185,10 +198,14 @@ def choose_attention(compute_dtype: str, forward_mode: bool) -> str:
     return "cudnn" if is_new and compute_dtype == "bfloat16" and not forward_mode else "xla"
 
 
-def with_filler(x: jax.Array, config: InternVLConfig) -> tuple[jax.Array, int]:
-    """[B, T, D] with filler after the last position, and its length: fused attention's gradient needs an even T."""
-    num_filler = x.shape[1] % 2 if config.attention == "cudnn" else 0
-    return (jnp.pad(x, ((0, 0), (0, num_filler), (0, 0))) if num_filler else x), num_filler
+def with_filler(x: jax.Array, config: InternVLConfig) -> jax.Array:
+    """[B, T, D] with filler after the last position, where attention is fused.
+
+    Its gradient takes even numbers of positions alone, and XLA first copies what a product sums over to a multiple of
+    8: the positions, in every kernel's gradient.
+    """
+    num_filler = -x.shape[1] % 8 if config.attention == "cudnn" else 0
+    return jnp.pad(x, ((0, 0), (0, num_filler), (0, 0))) if num_filler else x
 
 
 _CACHED_LOGITS = 2**18  # float32 logits at a time, 1 MiB: with their neighbours they stay in a core's cache
@@ -243,13 +260,10 @@ def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None) 
     return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
-def _products_and_fused_attention(primitive: Any, *args: Any, **params: Any) -> bool:
-    """What remat "dots" keeps: projections, and what fused attention hands to its gradient.
-
-    Attention on a CPU, a head at a time, has products without batch axes: there it keeps their logits too.
-    """
-    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-    return is_product or primitive.name.startswith("dot_product_attention_fwd")
+def _projections_and_fused_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """What remat "dots" keeps: projections, their bias included, and what fused attention hands to its gradient."""
+    is_projection = _is_projection(primitive, *args, **params)
+    return is_projection or primitive.name.startswith("dot_product_attention_fwd")
 
 
 def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, inputs: str = "") -> Any:
@@ -260,7 +274,7 @@ def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int,
     recomputes.
     """
     if config.remat != "none":
-        saved = _products_and_fused_attention if config.remat == "dots" else None
+        saved = _projections_and_fused_attention if config.remat == "dots" else None
         # A loop already keeps XLA from merging the recomputation with the forward pass; without one it has to be told.
         block = nn.remat(block, policy=saved, prevent_cse=config.scan_unroll >= num_layers)
     return nn.scan(

@@ -112,7 +112,7 @@ class Qwen2(nn.Module):
 
     def hidden_states(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeddings [B, T, D] -> normalised hidden states [B, S, D] at `positions` [B, S]."""
-        x, _ = with_filler(x, self.config)  # it comes last, where causal attention sees it from itself alone
+        x = with_filler(x, self.config)  # it comes last, where causal attention sees it from itself alone
         cos, sin = rotary_angles(self.config.language, jnp.arange(x.shape[1])[None])
         x, _ = self.layers(x, cos, sin)
         return self.norm(divided(jnp.take_along_axis(x, positions[:, :, None], axis=1), self.config))

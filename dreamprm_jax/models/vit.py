@@ -11,35 +11,43 @@ from dreamprm_jax.models.presets import InternVLConfig
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm block; each residual branch is multiplied by a learnt vector (layer scale)."""
+    """Pre-norm block; each residual branch is multiplied by a learnt vector (layer scale).
+
+    It takes the positions of all tiles as one axis. With two, XLA's GPU code lays tiles innermost where the loop over
+    layers is written out, and every norm and product then begins with a transpose.
+    """
 
     config: InternVLConfig
+    num_positions: int  # of a tile (T): the class token, the patches and filler
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:  # [P, 1 + patches (+ filler), D] -> the same
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:  # [P * T, D] -> the same
         vision = self.config.vision
+        num_tiles = len(x) // self.num_positions
         scale_init = nn.initializers.constant(vision.layer_scale_init)
         ls1 = self.param("ls1", scale_init, (vision.width,))
         ls2 = self.param("ls2", scale_init, (vision.width,))
         attention = self.attention(LayerNorm(vision.layer_norm_eps, name="norm1")(x))
-        x = divided(x + attention * match_rank(ls1, x).astype(x.dtype), self.config)
+        x = divided(x + attention * match_rank(ls1, x).astype(x.dtype), self.config, num_tiles)
         mlp = self.mlp(LayerNorm(vision.layer_norm_eps, name="norm2")(x))
-        return divided(x + mlp * match_rank(ls2, x).astype(x.dtype), self.config), None
+        return divided(x + mlp * match_rank(ls2, x).astype(x.dtype), self.config, num_tiles), None
 
     def attention(self, x: jax.Array) -> jax.Array:
         vision = self.config.vision
         heads = (vision.num_heads, vision.width // vision.num_heads)
         # One kernel for queries, keys and values; heads have an axis of their own, so that it can be split by head.
-        qkv = Linear("ptd,dknh->ptknh", (vision.width, 3, *heads), name="qkv")(x)
-        num_filler = x.shape[1] - (1 + vision.grid**2)
-        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.config, causal=False, num_filler=num_filler)
-        return Linear("ptnh,nhd->ptd", (*heads, vision.width), name="out")(mixed)
+        # Three products: out of a common one, each would have to be copied before attention takes it.
+        qkv = Linear("rd,dknh->rknh", (vision.width, 3, *heads), is_apart=True, name="qkv")(x)
+        q, k, v = (part.reshape(-1, self.num_positions, *heads) for part in qkv)
+        num_filler = self.num_positions - (1 + vision.grid**2)
+        mixed = attend(q, k, v, self.config, causal=False, num_filler=num_filler).reshape(-1, *heads)
+        return Linear("rnh,nhd->rd", (*heads, vision.width), name="out")(mixed)
 
     def mlp(self, x: jax.Array) -> jax.Array:
         vision = self.config.vision
-        hidden = Linear("ptd,df->ptf", (vision.width, vision.mlp_width), name="fc1")(x)
+        hidden = Linear("rd,df->rf", (vision.width, vision.mlp_width), name="fc1")(x)
         hidden = gelu(hidden)
-        return Linear("ptf,fd->ptd", (vision.mlp_width, vision.width), name="fc2")(hidden)
+        return Linear("rf,fd->rd", (vision.mlp_width, vision.width), name="fc2")(hidden)
 
 
 class InternViT(nn.Module):
@@ -58,9 +66,10 @@ class InternViT(nn.Module):
         class_tokens = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, vision.width))
         x = jnp.concatenate([class_tokens, x], axis=1)
         x = x + match_rank(positions, x).astype(x.dtype)
-        x, num_filler = with_filler(divided(x, self.config), self.config)
-        x, _ = scan_layers(VisionBlock, self.config, vision.num_layers)(self.config, name="layers")(x)
-        return x[:, : x.shape[1] - num_filler]
+        x = with_filler(divided(x, self.config), self.config)
+        layers = scan_layers(VisionBlock, self.config, vision.num_layers)(self.config, x.shape[1], name="layers")
+        rows, _ = layers(x.reshape(-1, vision.width))
+        return rows.reshape(x.shape)[:, : 1 + vision.grid**2]
 
     def embed_patches(self, pixels: jax.Array) -> jax.Array:  # -> [P, patches, D]
         vision = self.config.vision
