@@ -225,20 +225,23 @@ def test_what_cannot_be_counted_is_refused():
         traffic.num_bytes("(f32[2]{0}, s4[2]{0})")
 
 
-def has_plugin() -> bool:
-    installed = {each.name for each in metadata.distributions()}
-    return set(traffic.PLUGIN) <= installed
-
-
-@pytest.mark.skipif(has_plugin(), reason="jax's CUDA plugin is installed")
-def test_a_missing_plugin_is_told_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(traffic.hardware_utils, "has_visible_nvidia_gpu", lambda: False)
+def told_at_once(monkeypatch, capsys, has_gpu):
+    """What the command says before it compiles anything, with status 2."""
+    monkeypatch.setattr(traffic.hardware_utils, "has_visible_nvidia_gpu", lambda: has_gpu)
     monkeypatch.setattr(sys, "argv", ["traffic"])
     with pytest.raises(SystemExit) as left:
         traffic.main()
     assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_missing_plugin_is_told_in_one_line(monkeypatch, capsys):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(traffic.metadata, "version", missing)
     version = jax.__version__
-    assert capsys.readouterr().err == (
+    assert told_at_once(monkeypatch, capsys, has_gpu=False) == (
         "error: jax's CUDA plugin of this jax is not installed: "
         f"pip install --no-deps jax-cuda12-pjrt=={version} jax-cuda12-plugin=={version}\n"
     )
@@ -253,12 +256,7 @@ def test_a_plugin_of_another_jax_is_as_good_as_none(monkeypatch):
 
 
 def test_a_machine_with_a_gpu_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(traffic.hardware_utils, "has_visible_nvidia_gpu", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["traffic"])
-    with pytest.raises(SystemExit) as left:
-        traffic.main()
-    assert left.value.code == 2
-    told = capsys.readouterr().err
+    told = told_at_once(monkeypatch, capsys, has_gpu=True)
     assert told.count("\n") == 1 and "benchmarks.step measures" in told
 
 
