@@ -83,7 +83,7 @@ def weight_histogram(groups: dict[str, list[float]]) -> Figure:
     for name, weights in sorted(groups.items()):
         axes.hist(weights, bins=edges, alpha=0.5, label=f"{_label(name)} ({len(weights)})")
     axes.set(xlabel="instance weight", ylabel="rows")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -161,9 +161,9 @@ def score_histograms(groups: dict[str, tuple[Sequence[float], Sequence[float]]])
         axes.hist(right, bins=edges, alpha=0.5, color=RIGHT, density=len(right) > 0, label="right")
         axes.hist(wrong, bins=edges, alpha=0.5, color=WRONG, density=len(wrong) > 0, label="wrong")
         axes.set(title=name, xlabel="score", ylabel="density")
-        axes.legend()
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")  # the same in every panel
     return figure
 
 

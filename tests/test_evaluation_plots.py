@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.legend import Legend
 from sklearn.metrics import roc_auc_score
 
 from dreamprm_jax import page, plots
@@ -83,6 +84,23 @@ def test_every_plot_is_labelled_and_its_legend_lies_outside(name):
     assert figure.axes[-1].get_xlabel()
     box, area = figure.axes[0].get_legend().get_window_extent(), figure.axes[0].get_window_extent()
     assert box.x0 >= area.x1 - 1
+    assert page.png_of(figure).startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.weight_histogram({"a": [1.0, 2.0], "b": [0.5] * 3}),
+        lambda: plots.score_histograms({name: ([0.8, 0.9], [0.1]) for name in "abcd"}),
+    ],
+)
+def test_a_histogram_searches_no_place_for_its_legend(draw, monkeypatch):
+    # "best" asks every bar, and warns after a second: a plot must not depend on how fast the machine is.
+    monkeypatch.setattr(Legend, "_find_best_position", lambda *_: pytest.fail("a legend's place was searched for"))
+    figure = draw()
+    figure.draw_without_rendering()
+    (shown,) = filter(None, (*figure.legends, *(axes.get_legend() for axes in figure.axes)))
+    assert shown.get_window_extent().x0 >= max(axes.get_window_extent().x1 for axes in figure.axes) - 1
     assert page.png_of(figure).startswith(PNG)
 
 
