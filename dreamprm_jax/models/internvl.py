@@ -7,6 +7,7 @@ parameters of all layers of a tower are stacked on a leading L axis under "layer
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,9 +21,13 @@ from dreamprm_jax.models.vit import InternViT, Projector, pixel_shuffle
 from dreamprm_jax.types import Batch, Continuations, Prefix, PyTree
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: InternVLConfig, key: jax.Array) -> PyTree:
-    """Random parameters, float32, to train from scratch. Free of memory under `jax.eval_shape`."""
-    config = dataclasses.replace(config, attention="xla")  # the pass that finds the shapes is in float32
+    """Random parameters, float32, to train from scratch. Free of memory under `jax.eval_shape`.
+
+    Under jit, since Linen finds the shapes by a forward pass, which is then dropped as dead code.
+    """
+    config = dataclasses.replace(config, attention="xla")  # that pass is in float32
     vision_key, projector_key, language_key = jax.random.split(key, 3)
     side = config.vision.image_size
     shuffled_width = config.shuffle_factor**2 * config.vision.width
@@ -31,8 +36,7 @@ def init(config: InternVLConfig, key: jax.Array) -> PyTree:
         "projector": (Projector(config), projector_key, jnp.zeros((1, 1, shuffled_width))),
         "language": (Qwen2(config), language_key, jnp.zeros((1, 1), jnp.int32)),
     }
-    # Under jit the forward pass that Linen takes to find the shapes is dropped as dead code.
-    return {name: jax.jit(module.init)(key, x)["params"] for name, (module, key, x) in modules.items()}
+    return {name: module.init(key, x)["params"] for name, (module, key, x) in modules.items()}
 
 
 _IN_PRODUCTS = ("kernel", "lora_a", "lora_b")
