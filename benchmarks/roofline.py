@@ -73,14 +73,18 @@ MEASURED = {
     ("bilevel", 8): 1402.0,
     ("scoring", 8): 139.7,
 }
-# The same programs as they are -> temporary GiB, as XLA plans it for an H100: benchmarks/traffic.py.
+# (program, B, remat) as they are -> temporary GiB, as XLA plans it for an H100: benchmarks/traffic.py.
 PLANNED = {
-    ("training", 1): 7.6,
-    ("bilevel", 1): 14.1,
-    ("scoring", 1): 0.7,
-    ("training", 8): 43.6,
-    ("bilevel", 8): 34.7,
-    ("scoring", 8): 1.6,
+    ("training", 1, "dots"): 7.6,
+    ("training", 1, "full"): 3.3,
+    ("bilevel", 1, "dots"): 14.1,
+    ("bilevel", 1, "full"): 6.5,
+    ("scoring", 1, None): 0.7,
+    ("training", 8, "dots"): 43.6,
+    ("training", 8, "full"): 8.1,
+    ("bilevel", 8, "dots"): 34.7,
+    ("bilevel", 8, "full"): 30.2,
+    ("scoring", 8, None): 1.6,
 }
 PAPER_ITERATIONS = 100_000
 
@@ -327,12 +331,15 @@ def analyse(size: str, config: presets.InternVLConfig, setting: step.Setting) ->
         to_compile, _ = step.traced_step(taken, setting, options, state)
     plain, batched = products(counted.jaxpr.jaxpr)
     found = sizes(config, setting, micro_batch, problem, params)
-    is_measured = size == "internvl3_1b" and setting.num_tiles == 7 and config.remat == "dots"
-    ms, gib = (MEASURED.get(setting[:2]), PLANNED.get(setting[:2])) if is_measured else (None, None)
+    remat = None if setting.program == "scoring" else config.remat
+    ms = gib = None
+    if size == "internvl3_1b" and setting.num_tiles == 7:
+        gib = PLANNED.get((*setting[:2], remat))
+        ms = MEASURED.get(setting[:2]) if remat != "full" else None
     computed = temporary_bytes(setting, micro_batch, found)
     program = Program(
         setting=setting,
-        remat=None if setting.program == "scoring" else config.remat,
+        remat=remat,
         model_flops=step.model_flops(config, setting, step.tokens_of_row(config, setting.num_tiles)),
         fused_flops=plain + attention_flops(config, setting),
         xla_flops=float(plain + batched),

@@ -3,9 +3,10 @@
     python run.py --config=configs/prepare.py:visualprm400k --config.prepare.source=VisualPRM400K/annotations \\
         --config.prepare.images=VisualPRM400K --config.prepare.output=DATA \\
         --config.prepare.sample=12000 --config.prepare.balance=source_outcome --config.prepare.exclude=DATA/mmmu/1.0.0
-    python run.py --config=configs/prepare.py:mmmu_pro --config.prepare.source=MMMU_Pro/standard_4_options \\
+    python run.py --config=configs/prepare.py:mmmu_pro --config.prepare.source='MMMU_Pro/standard (4 options)' \\
         --config.prepare.responses=responses.jsonl --config.prepare.output=DATA --config.prepare.exclude=DATA/mmmu/1.0.0
-    python run.py --config=configs/prepare.py:mmmu --config.prepare.source=MMMU/validation --config.prepare.output=DATA
+    python run.py --config=configs/prepare.py:mmmu --config.prepare.source='MMMU/*/validation-*.parquet' \\
+        --config.prepare.output=DATA
     python run.py --config=configs/prepare.py:visualprocessbench --config.prepare.source=test.jsonl ...
 
 Arguments: the builder, and `published` for the published code's step splitter. Rows that cannot be used are skipped and

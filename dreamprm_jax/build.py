@@ -139,7 +139,8 @@ def training_data(cfg: Any, model: Model) -> TrainingData:
         return TrainingData(pretrain, cold_start, train, meta, tuple(splits.test), encode(test), apart)
     train = encode(read_file(cfg.train, "train"), soft_labels=cfg.soft_labels)
     meta = apart = None
-    if cfg.num_steps:
+    needs_meta = cfg.weighting.name != "uniform" or cfg.meta.held_out
+    if cfg.num_steps and (needs_meta or cfg.meta.path is not None):
         meta = encode(read_file(cfg.meta, "meta", outcome_required=True), outcome_targets=True)
         meta, apart = _parted(cfg, meta)
         train, meta = with_shapes([train, meta], cfg.data.max_shapes)

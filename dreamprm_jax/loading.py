@@ -42,20 +42,18 @@ def fingerprint_of_model(checkpoint: str) -> str:
     """What a run keeps to know the model it began from again: a hash of all files that are read of it.
 
     Args:
-      checkpoint: as `load_model` takes it. Of a workdir of ours its newest checkpoint counts.
+      checkpoint: as `load_model` takes it. Of a workdir of ours the checkpoint counts that is loaded.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none, or it is damaged.
     """
     folder = Path(checkpoint) / CHECKPOINTS
     if not folder.is_dir():
         return convert.fingerprint(checkpoint)
-    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
-    if not steps:
-        raise InputError(f"{folder}: holds no finished checkpoint; let the run reach its first save")
-    newest = max(steps, key=lambda path: int(path.name))
+    with reading(Path(checkpoint)) as (_, step):
+        loaded = folder / str(step)
     hashes = {}
-    for path in sorted((*newest.rglob("*"), Path(checkpoint) / MODEL / "config.json")):
+    for path in sorted((*loaded.rglob("*"), Path(checkpoint) / MODEL / "config.json")):
         if path.is_file():
             with path.open("rb") as file:
                 hashes[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -100,7 +100,7 @@ def load(
 
     Args:
       checkpoint: a directory in either InternVL layout, a Hub id, a workdir of ours, or None for a fresh tiny model.
-      tokenizer: directory with tokenizer.json, where it is not beside the weights.
+      tokenizer: directory with tokenizer.json, or a Hub id, where it is not beside the weights.
       compute_dtype, param_dtype: "float32" or "bfloat16".
       max_tiles: of an image, without the thumbnail; 12 at test time in the published code.
       tile_budget: of a question, thumbnails included; None: no limit but the model's context.

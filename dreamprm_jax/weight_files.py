@@ -6,13 +6,15 @@
     visits      how often training drew the row
 
 and what a run on the embedded benchmark knows besides: dataset, corrupted, loss. JSON text because ids are whatever a
-file holds: -1 is not "-1", and in a spreadsheet a text in quotes is never a formula.
+file holds: -1 is not "-1", and in a spreadsheet a text in quotes is never a formula. Nor is a name that begins with a
+letter or digit.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,23 @@ _COLUMNS = {  # and their types, as Arrow names them
     "corrupted": "bool",
     "loss": "double",
 }
-_FIELDS = {"example_id": int, "weight": (int, float, type(None)), "visits": int}  # that every line must have
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+def _is_name(value: Any) -> bool:
+    """A text that no spreadsheet takes for a formula."""
+    return isinstance(value, str) and re.match(r"\w", value) is not None
+
+
+_ALWAYS = {"example_id": _is_count, "id": lambda value: True, "weight": _is_number, "visits": _is_count}
+_SOMETIMES = {"dataset": _is_name, "corrupted": lambda value: type(value) is bool, "loss": _is_number}
 
 
 def read_weights(workdir: Path) -> list[dict[str, Any]]:
@@ -52,10 +70,10 @@ def _read_line(text: str, place: str) -> dict[str, Any]:
         line = json.loads(text)
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error}); restore the file as the run wrote it") from error
-    for field, kinds in {"id": object, **_FIELDS}.items():
-        if not isinstance(line, dict) or field not in line:
+    for field, is_right in (_ALWAYS | _SOMETIMES).items():
+        if field in _ALWAYS and not (isinstance(line, dict) and field in line):
             raise InputError(f'{place}: "{field}" is missing; restore the file as the run wrote it')
-        if not isinstance(line[field], kinds):
+        if field in line and not is_right(line[field]):
             raise InputError(f'{place}: "{field}" is {line[field]!r}; restore the file as the run wrote it')
     return line
 

@@ -59,14 +59,24 @@ def test_what_the_embedded_benchmark_knows_comes_along(tmp_path):
     assert list(from_csv(tmp_path)[0]) == ["example_id", "id_json", "weight", "visits"]
 
 
+WHOLE = '{"example_id": 1, "id": 1, "visits": 1, "weight": 1'
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [
         ('{"example_id": 1', "row 1: not JSON"),
-        ("7", 'row 1: "id" is missing'),
+        ("7", 'row 1: "example_id" is missing'),
+        ('{"example_id": 1, "visits": 1, "weight": 1}', 'row 1: "id" is missing'),
         ('{"example_id": 1, "id": 1, "visits": 1}', 'row 1: "weight" is missing'),
         ('{"example_id": "1", "id": 1, "visits": 1, "weight": 1}', "row 1: \"example_id\" is '1'"),
         ('{"example_id": 1, "id": 1, "visits": 1, "weight": "1"}', "row 1: \"weight\" is '1'"),
+        ('{"example_id": 9223372036854775808, "id": 1, "visits": 1, "weight": 1}', 'row 1: "example_id" is 922'),
+        ('{"example_id": 1, "id": 1, "visits": -1, "weight": 1}', 'row 1: "visits" is -1'),
+        (WHOLE + ', "dataset": "=HYPERLINK(1)"}', "row 1: \"dataset\" is '=HYPERLINK(1)'"),
+        (WHOLE + ', "dataset": 5}', 'row 1: "dataset" is 5'),
+        (WHOLE + ', "corrupted": 1}', 'row 1: "corrupted" is 1'),
+        (WHOLE + ', "loss": []}', 'row 1: "loss" is []'),
     ],
 )
 def test_a_line_that_no_run_wrote_is_named(tmp_path, second, message):
