@@ -179,7 +179,7 @@ def get_config() -> config_dict.ConfigDict:
     cfg.wandb.mode = "online"
 
     cfg.input = config_dict.ConfigDict()  # task=score, task=generate
-    # Chains to score (.json, .jsonl), or questions to answer (the same, .parquet, or a directory of them, prepared or not)
+    # Chains to score (.json, .jsonl), or questions to answer (also .parquet, or a directory, prepared or not)
     cfg.input.path = config_dict.placeholder(str)
     cfg.input.images = config_dict.placeholder(str)  # image root; None: the file's own directory
     # Scores or candidates, JSON lines; None: scores.jsonl or candidates.jsonl in the workdir. task=export: the

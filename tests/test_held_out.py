@@ -18,7 +18,7 @@ from dreamprm_jax.data import batches
 from dreamprm_jax.data.example import GPT, HUMAN, Example, Turn
 from dreamprm_jax.errors import InputError, Stopped
 from dreamprm_jax.experiment import run_training
-from dreamprm_jax.loading import load_model, load_workdir
+from dreamprm_jax.loading import fingerprint_of_model, load_model, load_workdir
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -341,6 +341,16 @@ def fourth_is_best(tmp_path_factory):
         assert run_training(config(), workdir)["best_step"] == 4
     (workdir / "summary.json").unlink()
     return workdir
+
+
+def test_a_run_that_begins_from_it_knows_its_best(fourth_is_best, tmp_path):
+    """What is loaded counts, not what was written last."""
+    workdir = shutil.copytree(fourth_is_best, tmp_path / "run")
+    before = fingerprint_of_model(str(fourth_is_best))
+    for step, is_same in ((7, True), (4, False)):
+        largest = max((workdir / f"checkpoints/{step}").rglob("*"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes() + b"x")
+        assert (fingerprint_of_model(str(workdir)) == before) == is_same
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,20 @@ def test_a_run_on_files_goes_on_without_its_bad_rows(checkpoint, tmp_path, rows,
     assert all(sorted(rows) == [0, 2] for rows in drawn)
 
 
+def test_uniform_weights_on_files_need_no_meta_set(checkpoint, tmp_path, rows):
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    cfg = importlib.import_module("configs.uniform").get_config("corrected")
+    cfg.data.source, cfg.train.path = "files", str(tmp_path / "train.json")
+    cfg.model.checkpoint, cfg.pretrain.num_steps, cfg.cold_start.num_steps = str(checkpoint), 0, 0
+    cfg.num_steps, cfg.batch_size = 2, 2
+    run_training(cfg, tmp_path / "work")
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()]
+    assert phases == ["uniform"] * 2
+    cfg.meta.held_out = 0.5
+    with pytest.raises(InputError, match=r"--config.meta.path is missing"):
+        run_training(cfg, tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -158,9 +158,9 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
         encoding = tokenizer.tokenizer.encode(rendered.text, add_special_tokens=False)
     except Exception as error:  # the library raises a bare Exception, for one where a word is not in a word list
         raise InputError(
-            f'{example.place}: "conversations" has text that the tokenizer cannot take ({error}): it has a word list. '
-            "Set model.tokenizer to the checkpoint's own, or, where that is a model of the embedded benchmark, ask in its "
-            'words: prm.load(..., system=None, question_form="{question}")',
+            f'{example.place}: "conversations" has text that the tokenizer cannot take ({error}); '
+            "set model.tokenizer to the checkpoint's own; a model of the embedded benchmark has a list of words, and "
+            'is asked in these alone: prm.load(..., system=None, question_form="{question}")',
             kind="conversations",
         ) from error
     return _place_images(tokenizer, example, rendered, encoding, num_tiles, tokens_per_tile)
