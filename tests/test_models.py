@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from dreamprm_jax.errors import InputError
 from dreamprm_jax.models import internvl, presets
@@ -481,3 +482,19 @@ def test_a_cast_before_the_loop_over_layers_changes_no_bit(params, batch):
             other = other[key.key]
         assert other.dtype == ("bfloat16" if path[-1].key == "kernel" else "float32")
         np.testing.assert_array_equal(leaf, other.astype(jnp.float32), err_msg=str(path))
+
+
+def added_up(program):
+    """Types of what a program adds up over a leading axis, in its loops too."""
+    for equation in program.eqns:
+        if equation.primitive.name == "reduce_sum" and 0 in equation.params["axes"]:
+            yield str(equation.invars[0].aval.dtype)
+        for inner in jaxprs_in_params(equation.params):
+            yield from added_up(inner)
+
+
+def test_no_gradient_is_added_up_over_rows_in_bfloat16(params, batch):
+    """Of biases, layer scales and position embeddings; kernels' are products, which add up in float32 by themselves."""
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    program = jax.make_jaxpr(jax.grad(partial(total, config)))(params, batch)
+    assert set(added_up(program.jaxpr)) == {"float32"}

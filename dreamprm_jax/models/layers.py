@@ -22,6 +22,16 @@ def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
     return parameter.reshape((1,) * (x.ndim - parameter.ndim) + parameter.shape)
 
 
+def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """A parameter of the last axes of `x`, over the others: [...] like `x`, in its type.
+
+    Cast after it is spread, so that its gradient, a sum over rows, is added up in float32 at least: XLA's GPU code adds
+    bfloat16 numbers up in bfloat16.
+    """
+    wide = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
+    return jnp.broadcast_to(match_rank(wide, x), x.shape).astype(x.dtype)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """x Phi(x), exactly.
 
@@ -55,7 +65,7 @@ class Linear(nn.Module):
     """A projection written as an einsum, e.g. "btd,dnh->btnh"; the kernel's axes carry their legend letters.
 
     The letters summed over come last in the input and first in the kernel; the output is what remains of both, in that
-    order. The bias has the kernel's share of it. Parameters are float32 and are cast once, here, where they are used.
+    order. The bias has the kernel's share of it. What has not been cast to the type of the input is cast here.
     """
 
     equation: str
@@ -93,7 +103,7 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_a"):  # beside the kernel, whose own gradient is then never formed
             y = y + self.adapter(rows)
         if bias is not None:
-            y = y + match_rank(bias.reshape(-1), y).astype(x.dtype)
+            y = y + spread(bias.reshape(-1), y)
         return checkpoint_name(y, PROJECTION).reshape(shape)
 
     def adapter(self, rows: jax.Array) -> jax.Array:

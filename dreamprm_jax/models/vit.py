@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamprm_jax.models.layers import LayerNorm, Linear, attend, divided, gelu, match_rank, scan_layers, with_filler
+from dreamprm_jax.models.layers import LayerNorm, Linear, attend, divided, gelu, scan_layers, spread, with_filler
 from dreamprm_jax.models.presets import InternVLConfig
 
 
@@ -28,9 +28,9 @@ class VisionBlock(nn.Module):
         ls1 = self.param("ls1", scale_init, (vision.width,))
         ls2 = self.param("ls2", scale_init, (vision.width,))
         attention = self.attention(LayerNorm(vision.layer_norm_eps, name="norm1")(x))
-        x = divided(x + attention * match_rank(ls1, x).astype(x.dtype), self.config, num_tiles)
+        x = divided(x + attention * spread(ls1, x), self.config, num_tiles)
         mlp = self.mlp(LayerNorm(vision.layer_norm_eps, name="norm2")(x))
-        return divided(x + mlp * match_rank(ls2, x).astype(x.dtype), self.config, num_tiles), None
+        return divided(x + mlp * spread(ls2, x), self.config, num_tiles), None
 
     def attention(self, x: jax.Array) -> jax.Array:
         vision = self.config.vision
@@ -63,9 +63,8 @@ class InternViT(nn.Module):
         class_token = self.param("class_embedding", position_init, (vision.width,))
         positions = self.param("position_embedding", position_init, (1 + vision.grid**2, vision.width))
         x = self.embed_patches(pixels)
-        class_tokens = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, vision.width))
-        x = jnp.concatenate([class_tokens, x], axis=1)
-        x = x + match_rank(positions, x).astype(x.dtype)
+        x = jnp.concatenate([spread(class_token, x[:, :1]), x], axis=1)
+        x = x + spread(positions, x)
         x = with_filler(divided(x, self.config), self.config)
         layers = scan_layers(VisionBlock, self.config, vision.num_layers)(self.config, x.shape[1], name="layers")
         rows, _ = layers(x.reshape(-1, vision.width))
