@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from benchmarks import step, workload
-from dreamprm_jax.models import presets, trained
+from dreamprm_jax.models import internvl, presets, trained
 
 GIB = 2**30
 CARD = 80e9 / GIB  # GiB of a card of 80 GB
@@ -71,7 +71,7 @@ def computed(sizes: list[str], whats: list[str], moment_dtypes: list[str]) -> It
         parts = {
             "parameters": parameters,
             "moments": gib(state.train.opt_state),
-            "gradient": parameters,  # of the one row
+            "gradient": gib(jax.eval_shape(partial(internvl.cast_to_compute, config), state.train.params)),  # the row's
             "u": parameters,
             "frozen": gib(state.frozen),
         }
