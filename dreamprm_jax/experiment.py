@@ -23,7 +23,7 @@ from dreamprm_jax.inner import Problem
 from dreamprm_jax.loading import load_model, save_model_card
 from dreamprm_jax.metrics import MetricsWriter, Wandb, check_wandb
 from dreamprm_jax.models import presets, trained
-from dreamprm_jax.optimizers import derivative_vanishes
+from dreamprm_jax.optimizers import derivative_vanishes, one_of_each
 from dreamprm_jax.programs import is_out_of_memory
 from dreamprm_jax.train import Cadence, Phase, run_phase, stop_signal
 from dreamprm_jax.types import SUPERVISED, BilevelState, PyTree
@@ -163,7 +163,8 @@ def resolve(cfg: Any, problem: Problem, config: presets.InternVLConfig, params: 
         f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {config.attention}",
         file=sys.stderr,
     )
-    if cfg.inner.lr and estimator in EXACT and derivative_vanishes(problem.inner_tx, params, min(4, cfg.num_steps)):
+    hides = partial(derivative_vanishes, problem.inner_tx, one_of_each(params), min(4, cfg.num_steps))
+    if cfg.inner.lr and estimator in EXACT and hides():
         warnings.warn(
             "the inner optimizer's step does not depend on its gradient in every step: the exact meta-gradient is 0 "
             "there (sign-type and accumulating optimizers)",

@@ -322,17 +322,25 @@ def divide_by_inner_rate(inner_rate: Schedule, num_inner_steps: int = 1) -> opta
     return optax.scale_by_schedule(factor)
 
 
+def one_of_each(params: Any) -> dict[str, dict[str, jax.Array]]:
+    """Of the leaves of one name, rank and type the first. The name comes last in a path, as in the model's parameters.
+
+    Enough to try `steps.inner_optimizer` on, which tells no others apart, in a fraction of the time to compile.
+    """
+    found: dict[str, dict[str, jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.setdefault(f"{leaf.ndim} {leaf.dtype}", {}).setdefault(path[-1].key, leaf)
+    return found
+
+
 def derivative_vanishes(tx: optax.GradientTransformation, params: Any, num_steps: int = 4) -> bool:
     """Whether an optimizer's step sometimes does not depend on its gradient at all: a warning is due.
 
     Sign-type optimizers never depend on it, accumulating ones only in every n-th step; the exact meta-gradient is 0
-    there. The optimizer is tried on stand-ins: of the leaves of one name, rank and type the first, at most 2 wide. The
-    first step does not count: a schedule may begin at 0.
+    there. The optimizer is tried on stand-ins for `params`, same tree and rank, at most 2 wide. The first step does
+    not count: a schedule may begin at 0.
     """
-    small: dict[str, dict[str, jax.Array]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, stand_in = path[-1].key, jnp.ones([min(2, n) for n in leaf.shape], leaf.dtype)
-        small.setdefault(f"{leaf.ndim} {leaf.dtype}", {}).setdefault(name, stand_in)
+    small = jax.tree.map(lambda leaf: jnp.ones([min(2, n) for n in leaf.shape], leaf.dtype), params)
 
     @jax.jit
     def look_back(step: jax.Array, state: Any) -> tuple[jax.Array, Any]:

@@ -211,6 +211,20 @@ def test_a_warning_is_due_where_steps_do_not_depend_on_their_gradient():
     assert optimizers.derivative_vanishes(optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-4)), params)
 
 
+def test_any_optimizer_can_be_tried_on_any_tree():
+    """One that looks at the tree itself, such as a mask shaped like it."""
+    params = [jnp.ones((3, 2)), {"a": jnp.ones(2), "b": jnp.ones(2)}]
+    masked = [optax.adamw(1e-3, mask=[True, {"a": False, "b": True}]), optax.masked(optax.lion(1e-3), [True, True])]
+    assert [optimizers.derivative_vanishes(tx, params) for tx in masked] == [False, True]
+
+
+def test_of_each_kind_of_leaf_one_is_tried():
+    kernel, bias, other = jnp.ones((3, 2)), jnp.ones(2), jnp.ones((5, 2))
+    params = {"first": {"kernel": kernel, "bias": bias}, "second": {"kernel": other, "bias": other.astype("bfloat16")}}
+    found = jax.tree.map(lambda leaf: leaf.shape, optimizers.one_of_each(params))
+    assert found == {"1 float32": {"bias": (2,)}, "2 float32": {"kernel": (3, 2)}, "2 bfloat16": {"bias": (5, 2)}}
+
+
 @pytest.mark.parametrize("moment_dtype", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("make", [optimizers.adamw, optimizers.hf_adamw])
 def test_an_optimizer_of_bfloat16_parameters_is_tried_in_their_type(make, moment_dtype):
