@@ -450,9 +450,9 @@ def test_filler_is_seen_by_no_other_position(with_cudnn, monkeypatch):
     assert with_filler(x, config).shape == x.shape and with_filler(x[:, :5], CONFIG).shape == (1, 5, 4)
     taken = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *arrays, **given: taken.append(given))
-    q = jnp.full((3, 6, 2, 16), jnp.nan, jnp.bfloat16)
-    for num_filler in (1, 0):
-        attend(q, q, q, config, causal=False, num_filler=num_filler)
+    with jax.enable_x64(True):  # where a bool times 0 is int64
+        for num_filler in (1, 0):
+            attend(*[jnp.full((3, 6, 2, 16), jnp.nan, "bfloat16")] * 3, config, causal=False, num_filler=num_filler)
     lengths = [taken[0][name] for name in ("query_seq_lengths", "key_value_seq_lengths")]
     assert [(list(length), length.dtype) for length in lengths] == [([6] * 3, "int32"), ([5] * 3, "int32")]
     assert taken[1] == {"is_causal": False, "implementation": "cudnn"}

@@ -188,7 +188,8 @@ def attend(
         lengths = {}
         if num_filler:
             num_tokens = q.shape[1]
-            nought = 0 * jnp.isnan(q[:, 0, 0, 0])  # of q, since under vmap jax 0.10 takes them for mapped where q is
+            # Of q, since under vmap jax 0.10 takes them for mapped where q is.
+            nought = 0 * jnp.isnan(q[:, 0, 0, 0]).astype(jnp.int32)
             lengths["query_seq_lengths"] = nought + num_tokens
             lengths["key_value_seq_lengths"] = nought + num_tokens - num_filler
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn", **lengths)
