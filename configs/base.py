@@ -36,7 +36,7 @@ def get_config() -> config_dict.ConfigDict:
     # auto | xla | cudnn: cudnn is fused (NVIDIA GPUs, bfloat16), and has no forward mode, which some estimators need
     # (docs/bilevel.md); auto takes it where it serves
     cfg.model.attention = "auto"
-    # What the backward pass recomputes: none | full (whole layers) | dots (all but products and fused attention)
+    # What the backward pass recomputes: none | full (whole layers) | dots (all but projections and fused attention)
     cfg.model.remat = "none"
     # Layers per turn of the loop over layers, >= 1: more compile longer and may run faster. None: the model's own (1)
     cfg.model.scan_unroll = config_dict.placeholder(int)

@@ -67,7 +67,7 @@ class InternVLConfig:
     language: LanguageConfig = LanguageConfig()
     downsample_ratio: float = 0.5  # pixel shuffle: the side of the patch grid times this
     compute_dtype: str = "float32"  # float32 | bfloat16: of activations and products; parameters stay float32
-    # What the backward pass recomputes: none | full (a whole layer) | dots (all but products and fused attention)
+    # What the backward pass recomputes: none | full (a whole layer) | dots (all but projections and fused attention)
     remat: str = "none"
     attention: str = "xla"  # xla | cudnn: cudnn is fused (GPU, bfloat16) but has no forward mode (jax.jvp)
     scan_unroll: int = 1  # layers per turn of the loop over layers: more compiles longer and may run faster
