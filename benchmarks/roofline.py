@@ -63,17 +63,17 @@ CHIPS = (
     Chip("TPU v5e", 197e12, 0.819e12, 16e9, fused=False),
 )
 
-# (program, B) -> ms of one H100, of an earlier version of the programs: docs/performance.md; 7 tiles, remat dots, meta
-# rows one at a time.
+# (program, B, remat) -> ms of one H100, of an earlier version of the programs: docs/performance.md; 7 tiles, meta rows
+# one at a time.
 MEASURED = {
-    ("training", 1): 96.5,
-    ("bilevel", 1): 182.6,
-    ("scoring", 1): 23.1,
-    ("training", 8): 522.9,
-    ("bilevel", 8): 1402.0,
-    ("scoring", 8): 139.7,
+    ("training", 1, "dots"): 96.5,
+    ("bilevel", 1, "dots"): 182.6,
+    ("scoring", 1, None): 23.1,
+    ("training", 8, "dots"): 522.9,
+    ("bilevel", 8, "dots"): 1402.0,
+    ("scoring", 8, None): 139.7,
 }
-# (program, B, remat) as they are -> temporary GiB, as XLA plans it for an H100: benchmarks/traffic.py.
+# The same, as they are -> temporary GiB, as XLA plans it for an H100: benchmarks/traffic.py.
 PLANNED = {
     ("training", 1, "dots"): 7.6,
     ("training", 1, "full"): 3.3,
@@ -332,10 +332,8 @@ def analyse(size: str, config: presets.InternVLConfig, setting: step.Setting) ->
     plain, batched = products(counted.jaxpr.jaxpr)
     found = sizes(config, setting, micro_batch, problem, params)
     remat = None if setting.program == "scoring" else config.remat
-    ms = gib = None
-    if size == "internvl3_1b" and setting.num_tiles == 7:
-        gib = PLANNED.get((*setting[:2], remat))
-        ms = MEASURED.get(setting[:2]) if remat != "full" else None
+    known = (*setting[:2], remat) if size == "internvl3_1b" and setting.num_tiles == 7 else None
+    ms, gib = MEASURED.get(known), PLANNED.get(known)
     computed = temporary_bytes(setting, micro_batch, found)
     program = Program(
         setting=setting,

@@ -163,8 +163,11 @@ def resolve(cfg: Any, problem: Problem, config: presets.InternVLConfig, params: 
         f"meta-gradient: {estimator} (--config.hypergradient={cfg.hypergradient}); attention: {config.attention}",
         file=sys.stderr,
     )
-    is_exact, num_steps = cfg.inner.lr and estimator in EXACT, min(4, cfg.num_steps)
-    if is_exact and derivative_vanishes(problem.inner_tx, one_of_each(params), num_steps):
+    if (
+        cfg.inner.lr
+        and estimator in EXACT
+        and derivative_vanishes(problem.inner_tx, one_of_each(params), min(4, cfg.num_steps))
+    ):
         warnings.warn(
             "the inner optimizer's step does not depend on its gradient in every step: the exact meta-gradient is 0 "
             "there (sign-type and accumulating optimizers)",

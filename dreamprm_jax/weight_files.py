@@ -49,7 +49,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and re.match(r"\w", value) is not None
 
 
-_ALWAYS = {"example_id": _is_count, "id": lambda value: True, "weight": _is_number, "visits": _is_count}
+_ALWAYS = {"id": lambda value: True, "example_id": _is_count, "weight": _is_number, "visits": _is_count}
 _SOMETIMES = {"dataset": _is_name, "corrupted": lambda value: type(value) is bool, "loss": _is_number}
 
 

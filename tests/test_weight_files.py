@@ -66,8 +66,7 @@ WHOLE = '{"example_id": 1, "id": 1, "visits": 1, "weight": 1'
     ("second", "message"),
     [
         ('{"example_id": 1', "row 1: not JSON"),
-        ("7", 'row 1: "example_id" is missing'),
-        ('{"example_id": 1, "visits": 1, "weight": 1}', 'row 1: "id" is missing'),
+        ("7", 'row 1: "id" is missing'),
         ('{"example_id": 1, "id": 1, "visits": 1}', 'row 1: "weight" is missing'),
         ('{"example_id": "1", "id": 1, "visits": 1, "weight": 1}', "row 1: \"example_id\" is '1'"),
         ('{"example_id": 1, "id": 1, "visits": 1, "weight": "1"}', "row 1: \"weight\" is '1'"),

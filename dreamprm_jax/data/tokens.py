@@ -159,8 +159,8 @@ def encode(tokenizer: PRMTokenizer, example: Example, num_tiles: Sequence[int], 
     except Exception as error:  # the library raises a bare Exception, for one where a word is not in a word list
         raise InputError(
             f'{example.place}: "conversations" has text that the tokenizer cannot take ({error}); '
-            "set model.tokenizer to the checkpoint's own; a model of the embedded benchmark has a list of words, and "
-            'is asked in these alone: prm.load(..., system=None, question_form="{question}")',
+            "set model.tokenizer to the checkpoint's own; a model of the embedded benchmark knows the words of its own "
+            "short prompts alone (docs/evaluation.md)",
             kind="conversations",
         ) from error
     return _place_images(tokenizer, example, rendered, encoding, num_tiles, tokens_per_tile)
