@@ -101,8 +101,9 @@ def prm_problem(
         return jnp.mean(losses.meta_loss_mse(losses.masked_mean(probabilities, batch.step_mask))), {}
 
     inner_tx = optimizers.adamw(lambda count: 5e-5, weight_decay=0.01, moment_dtype=moment_dtype)
+    cast = partial(internvl.cast_to_compute, config)
     if meta_micro_batch is not None:
-        meta_loss = micro_batched(meta_loss, meta_micro_batch)
+        meta_loss = micro_batched(meta_loss, meta_micro_batch, cast)
     return Problem(
         step_losses,
         table.apply,
@@ -110,7 +111,7 @@ def prm_problem(
         inner_tx,
         num_inner_steps=num_inner_steps,
         micro_batch_size=micro_batch,
-        cast_to_compute=partial(internvl.cast_to_compute, config),
+        cast_to_compute=cast,
     )
 
 

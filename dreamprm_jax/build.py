@@ -312,15 +312,16 @@ def prm_problem(cfg: Any, model: Model, weights: Any, inner_tx: Any, frozen: PyT
         return loss, {"meta_prediction": losses.masked_mean(response_score, batch.example_mask)}
 
     size, mesh = cfg.meta_micro_batch_size, model.config.mesh
+    cast = partial(internvl.cast_to_compute, model.config)
     return Problem(
         step_losses,
         weights,
-        outcome_loss if size is None else micro_batched(outcome_loss, size * num_row_shards(mesh)),
+        outcome_loss if size is None else micro_batched(outcome_loss, size * num_row_shards(mesh), cast),
         inner_tx,
         num_inner_steps=cfg.num_inner_steps,
         detached=cfg.weighting.detached,
         example_clip_norm=cfg.inner.clip_norm if cfg.inner.clip_place == "per_example" else None,
         micro_batch_size=cfg.micro_batch_size,
         mesh=mesh,
-        cast_to_compute=partial(internvl.cast_to_compute, model.config),
+        cast_to_compute=cast,
     )

@@ -85,11 +85,13 @@ def real_rows(batch: Batch, like: jax.Array) -> jax.Array:
     return jnp.ones(like.shape, bool) if mask is None else mask
 
 
-def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
+def micro_batched(
+    meta_loss: MetaLoss, size: int, cast_to_compute: Callable[[PyTree], PyTree] = as_they_are
+) -> MetaLoss:
     """`meta_loss`, taken at most `size` rows at a time, its gradient added up on the way: the activations of so many.
 
     For a loss and aux that are means over the real rows. Reverse mode once, which is all that an estimator asks of a
-    meta loss. Raises (when called) as `in_turns`.
+    meta loss. `cast_to_compute`: as the problem's, done once for all turns. Raises (when called) as `in_turns`.
     """
 
     def mean_of(take: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
@@ -110,10 +112,17 @@ def micro_batched(meta_loss: MetaLoss, size: int) -> MetaLoss:
 
     @jax.custom_vjp
     def loss(params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return mean_of(lambda chunk: meta_loss(params, chunk), batch)
+        return mean_of(partial(meta_loss, cast_to_compute(params)), batch)
 
     def forward(params: PyTree, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
-        return mean_of(lambda chunk: jax.value_and_grad(meta_loss, has_aux=True)(params, chunk), batch)
+        computed = cast_to_compute(params)
+
+        def take(chunk: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
+            found, gradient = jax.value_and_grad(meta_loss, has_aux=True)(computed, chunk)
+            return found, widen(gradient)
+
+        found, gradient = mean_of(take, batch)
+        return found, jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, params)
 
     def backward(gradient: PyTree, cotangent: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[PyTree, None]:
         return jax.tree.map(lambda leaf: (cotangent[0] * leaf).astype(leaf.dtype), gradient), None
@@ -227,10 +236,11 @@ def _gradient_in_turns(problem: Problem, params: PyTree, meta_params: PyTree, ba
     """g added up over the turns, in the memory of `micro_batch_size` rows a device."""
     values = problem.losses(params, batch)  # where the weights look at no outputs, the compiler drops this pass
     gammas = cotangents(problem, meta_params, batch, values, unit_factors(values))
+    computed = problem.cast_to_compute(params)  # once for all turns
 
     def add(total: PyTree, turn: tuple[Batch, Values]) -> tuple[PyTree, jax.Array]:
         rows, gamma = turn
-        (losses, _), part = _pulled(problem, params, rows, lambda values: gamma)
+        (losses, _), part = _pulled(problem, computed, rows, lambda values: gamma)
         return jax.tree.map(jnp.add, total, widen(part)), losses
 
     turns = in_turns((batch, gammas), rows_at_once(problem, batch))

@@ -242,6 +242,36 @@ def test_a_meta_loss_in_parts_keeps_the_activations_of_one():
     assert "f64[2,7]" in parts and "f64[6,7]" not in parts
 
 
+def test_parameters_are_cast_once_for_all_turns():
+    """Every turn is given them as they are computed with; gradients come in the parameters' own type, wide sums."""
+    narrow = partial(jax.tree.map, lambda leaf: leaf.astype("bfloat16"))
+    seen = []
+
+    def losses(params, batch):
+        seen.append((len(batch["x"]), str(params["kernel"].dtype)))
+        return jnp.sum(jnp.tanh(batch["x"].astype("bfloat16") * narrow(params)["kernel"]).astype("float32"), axis=1)
+
+    def meta_loss(params, batch):
+        return jnp.mean(losses(params, batch)), {}
+
+    params, x = {"kernel": jnp.ones((1, 3), "float32")}, np.random.default_rng(0).normal(size=(8, 3))
+    batch, found = {"x": jnp.asarray(x, "float32")}, []
+    for cast in (narrow, inner.as_they_are):
+        problem, _ = toy.small_problem(optax.sgd(0.1), TABLE)
+        problem = problem._replace(
+            losses=lambda params, batch: (losses(params, batch), None), micro_batch_size=2, cast_to_compute=cast,
+            weights=lambda meta_params, batch, outputs: jnp.ones(len(batch["x"]), "float32"),
+        )  # fmt: skip
+        seen.clear()
+        meta_grad = jax.grad(inner.micro_batched(meta_loss, 2, cast), has_aux=True)(params, batch)[0]
+        found += [meta_grad, inner.inner_gradient(problem, params, {}, batch)[0]]
+        dtype = {narrow: "bfloat16", inner.as_they_are: "float32"}[cast]
+        assert {kind for size, kind in seen if size == 2} == {dtype}
+    for grad in found:
+        assert grad["kernel"].dtype == "float32"
+        np.testing.assert_allclose(grad["kernel"], found[0]["kernel"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_every_estimator_takes_a_meta_loss_in_parts(estimator):
     problem, state = toy_problem(CHAINS["adamw, clip"], TABLE), toy.warm_state(CHAINS["adamw, clip"])
