@@ -179,7 +179,8 @@ def test_the_computed_table_of_memory_adds_up(monkeypatch, tmp_path):
     small, large = run_benchmark(memory, monkeypatch, tmp_path, *arguments)["rows"]
     parts = ("parameters", "moments", "gradient", "u", "frozen")
     assert small["sum"] == pytest.approx(sum(small[name] for name in parts))
-    assert small["gradient"] < 0.7 * small["parameters"]  # kernels' part in bfloat16
+    assert small["gradient"] < 0.7 * small["parameters"]  # kernels' part in bfloat16, and a head's of its own
+    assert large["gradient"] < 0.54 * large["parameters"]
     assert small["left of 80 GB"] == pytest.approx(memory.CARD - small["sum"])
     assert large["left of 80 GB"] == "does not fit"
 

@@ -39,7 +39,7 @@ def init(config: InternVLConfig, key: jax.Array) -> PyTree:
     return {name: module.init(key, x)["params"] for name, (module, key, x) in modules.items()}
 
 
-_IN_PRODUCTS = ("kernel", "lora_a", "lora_b")
+_IN_PRODUCTS = ("kernel", "lora_a", "lora_b", "lm_head")  # not an embedding: its gradient is a sum over tokens
 
 
 def cast_to_compute(config: InternVLConfig, params: PyTree) -> PyTree:
