@@ -302,6 +302,15 @@ def test_remat_keeps_less_for_the_backward_pass(params, batch, monkeypatch):
     assert kept("dots") < 0.5 * kept("none")
 
 
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_means_and_variances_of_norms_are_taken_once_with_remat_dots(params, remat, forward_passes):
+    config = dataclasses.replace(CONFIG, remat=remat)
+    pixels = np.zeros((1, 28, 28, 3), np.float32)
+    slope = jax.grad(lambda params: jnp.sum(internvl.vision_states(config, params, pixels)))
+    program = str(jax.make_jaxpr(slope)(params))
+    assert program.count("name=statistic") == 2 * 2 * forward_passes  # of two norms, in the loop over layers
+
+
 def test_bfloat16_stays_close_and_gives_float32_logits_and_gradients(params, batch):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     logits, expected = apply(config, params, batch), apply(CONFIG, params, batch)
@@ -471,7 +480,7 @@ def test_fused_attention_takes_rows_at_a_time_with_filler(with_cudnn):
 
 
 def test_a_cast_before_the_loop_over_layers_changes_no_bit(params, batch, monkeypatch):
-    """Kernels that are cast once and their gradients, in the compute type, are those of the casts in every layer."""
+    """Kernels and a head that are cast once and their gradients, in the compute type, are those of the casts in every layer."""
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     narrow = internvl.cast_to_compute(config, params)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(narrow)} == {"bfloat16", "float32"}
@@ -479,7 +488,7 @@ def test_a_cast_before_the_loop_over_layers_changes_no_bit(params, batch, monkey
     monkeypatch.setattr(internvl, "cast_to_compute", lambda config, params: params)  # each layer casts its own
     grads.append(jax.jit(jax.grad(partial(total, config)))(params, batch))
     for (path, once), (_, kept), (_, leaf) in zip(*map(jax.tree_util.tree_leaves_with_path, grads), strict=True):
-        narrow_dtype = "bfloat16" if path[-1].key == "kernel" else "float32"
+        narrow_dtype = "bfloat16" if path[-1].key in ("kernel", "lm_head") else "float32"
         assert [leaf.dtype, once.dtype, kept.dtype] == ["float32", "float32", narrow_dtype]
         np.testing.assert_array_equal([once, kept.astype(jnp.float32)], [leaf, leaf], err_msg=str(path))
 

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from dreamprm_jax.models.presets import InternVLConfig
 from dreamprm_jax.sharding import by_rows, by_width
 
-PROJECTION = "projection"  # what the outputs of `Linear` are called where remat looks for what to keep
-_is_projection = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+# What remat "dots" keeps goes by these names: outputs of `Linear`, and each row's mean and variance.
+PROJECTION, STATISTIC = "projection", "statistic"
+_has_kept_name = jax.checkpoint_policies.save_only_these_names(PROJECTION, STATISTIC)
 
 
 def match_rank(parameter: jax.Array, x: jax.Array) -> jax.Array:
@@ -115,7 +116,11 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit variance over D, then scale and bias; float32, since bfloat16 loses the variance."""
+    """Zero mean and unit variance over D, then scale and bias; float32, since bfloat16 loses the variance.
+
+    Mean and variance are kept for the gradient: where they are computed again, XLA's GPU code writes the terms of the
+    scale's gradient out in float32, [..., D] of them, before it adds them up.
+    """
 
     eps: float
 
@@ -125,8 +130,8 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, width)
         bias = self.param("bias", nn.initializers.zeros, width)
         x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
+        centred = x32 - checkpoint_name(x32.mean(-1, keepdims=True), STATISTIC)
+        variance = checkpoint_name(jnp.square(centred).mean(-1, keepdims=True), STATISTIC)
         y = centred * jax.lax.rsqrt(variance + self.eps) * match_rank(scale, x) + match_rank(bias, x)
         return y.astype(x.dtype)
 
@@ -271,10 +276,10 @@ def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None) 
     return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
-def _projections_and_fused_attention(primitive: Any, *args: Any, **params: Any) -> bool:
-    """What remat "dots" keeps: projections, their bias included, and what fused attention hands to its gradient."""
-    is_projection = _is_projection(primitive, *args, **params)
-    return is_projection or primitive.name.startswith("dot_product_attention_fwd")
+def _is_kept(primitive: Any, *args: Any, **params: Any) -> bool:
+    """What remat "dots" keeps: projections, their bias included, statistics of `LayerNorm`, and what fused attention
+    hands to its gradient."""
+    return _has_kept_name(primitive, *args, **params) or primitive.name.startswith("dot_product_attention_fwd")
 
 
 def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int, inputs: str = "") -> Any:
@@ -285,7 +290,7 @@ def scan_layers(block: type[nn.Module], config: InternVLConfig, num_layers: int,
     recomputes.
     """
     if config.remat != "none":
-        saved = _projections_and_fused_attention if config.remat == "dots" else None
+        saved = _is_kept if config.remat == "dots" else None
         # A loop already keeps XLA from merging the recomputation with the forward pass; without one it has to be told.
         block = nn.remat(block, policy=saved, prevent_cse=config.scan_unroll >= num_layers)
     return nn.scan(
