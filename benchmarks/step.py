@@ -41,7 +41,7 @@ TEXT_TOKENS = 440  # of a row beside its image tokens: with 7 tiles the 2,232 of
 
 
 class Setting(NamedTuple):
-    """One line of the table."""
+    """What one line of the table runs."""
 
     program: str
     batch_size: int
@@ -50,13 +50,21 @@ class Setting(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the programs of a run are made."""
+    """How a program is made."""
 
     estimator: str = "dot"
     micro_batch: int | None = None  # training rows at a time
     meta_micro_batch: int | None = None
     trained: str = "all"  # of `trained.TRAINED`
     moment_dtype: str | None = None
+
+
+class Case(NamedTuple):
+    """One line of the table, and how its program is made."""
+
+    setting: Setting
+    config: presets.InternVLConfig
+    options: Options
 
 
 def forward_flops(config: presets.InternVLConfig, num_tiles: int, num_tokens: int) -> float:
@@ -156,6 +164,11 @@ def device_peak() -> float | None:
     return counted["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in counted else None
 
 
+def device_memory() -> float:
+    """Bytes that programs may take; without end where the backend does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+
+
 def begun(config: presets.InternVLConfig, options: Options) -> BilevelState:
     """Both levels at random parameters; free of memory under `jax.eval_shape`."""
     key = jax.random.key(0, impl="rbg")
@@ -165,64 +178,85 @@ def begun(config: presets.InternVLConfig, options: Options) -> BilevelState:
     return workload.fresh_state(problem, workload.TABLE, moved, frozen)
 
 
-def measure(
-    config: presets.InternVLConfig,
-    settings: list[Setting],
-    rate: float,
-    options: Options,
-    rounds: int,
-) -> list[dict[str, Any]]:
-    """One dict a setting; the programs share one state in turn, so that a card need not hold one each."""
-    holder = {"state": begun(config, options)}
+def measure(cases: list[Case], rate: float, rounds: int) -> list[dict[str, Any]]:
+    """One dict a case; the programs share one state in turn, so that a card need not hold one each.
+
+    So the cases train the same parameters, with moments of the same type. A program that does not fit the device is
+    not run, and its line has no figures of a run.
+    """
+    holder = {"state": begun(cases[0].config, cases[0].options)}
     state = jax.eval_shape(lambda: holder["state"])
 
     def build(traced: Any) -> tuple[Any, float]:
         lowered, began = traced.lower(), time.perf_counter()
         return lowered.compile(), time.perf_counter() - began
 
-    parts = [traced_step(config, setting, options, state) for setting in settings]
+    parts = [traced_step(case.config, case.setting, case.options, state) for case in cases]
     with ThreadPoolExecutor(max_workers=max(1, min(len(parts), (os.cpu_count() or 2) // 2))) as pool:
         built = list(pool.map(build, [traced for traced, _ in parts]))
-    peaks: dict[Setting, float | None] = {}
+    peaks: dict[Case, float | None] = {}
 
-    def run(setting: Setting, program: Any, batches: tuple[Batch, Batch]) -> None:
+    def run(case: Case, program: Any, batches: tuple[Batch, Batch]) -> None:
         holder["state"], number = program(holder["state"], *batches)
         jax.block_until_ready(number)
-        if setting not in peaks:
-            peaks[setting] = device_peak()
+        if case not in peaks:
+            peaks[case] = device_peak()
 
+    memory = device_memory()
     programs = {
-        setting: partial(run, setting, program, jax.device_put(batches))
-        for setting, (program, _), (_, batches) in zip(settings, built, parts, strict=True)
+        case: partial(run, case, program, jax.device_put(batches))
+        for case, (program, _), (_, batches) in zip(cases, built, parts, strict=True)
+        if sum(bytes_of(program)) <= memory
     }
-    seconds = workload.interleave(programs, rounds)
+    seconds = {case: statistics.median(found) for case, found in workload.interleave(programs, rounds).items()}
     return [
         {
-            "program": setting.program + (f" ({options.estimator})" if setting.program == "bilevel" else ""),
-            **speed(config, setting, statistics.median(seconds[setting]), rate, options.trained),
-            "state GiB": program.memory_analysis().argument_size_in_bytes / 2**30,
-            "temporary GiB": program.memory_analysis().temp_size_in_bytes / 2**30,
-            "device peak GiB": peaks[setting],
+            "program": case.setting.program + (f" ({case.options.estimator})" * (case.setting.program == "bilevel")),
+            **made_as(case),
+            **speed(case, seconds.get(case), rate),
+            "state GiB": bytes_of(program)[0] / 2**30,
+            "temporary GiB": bytes_of(program)[1] / 2**30,
+            "device peak GiB": peaks.get(case),
             "compile s": compile_seconds,
         }
-        for setting, (program, compile_seconds) in zip(settings, built, strict=True)
+        for case, (program, compile_seconds) in zip(cases, built, strict=True)
     ]
 
 
-def speed(config: presets.InternVLConfig, setting: Setting, median: float, rate: float, what: str) -> dict[str, Any]:
-    """What a setting's median seconds amount to, on a machine of that matrix rate, with `what` of the model trained."""
-    rows, num_tokens = setting.batch_size * setting.num_inner_steps, tokens_of_row(config, setting.num_tiles)
-    flops = model_flops(config, setting, num_tokens, what)
+def bytes_of(program: Any) -> tuple[int, int]:
+    """(arguments, temporary memory) of a compiled program, as its compiler says."""
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+
+def made_as(case: Case) -> dict[str, Any]:
+    """The columns that say how a program is made."""
+    (program, rows, *_), options = case.setting, case.options
+    alone = {"training": rows, "bilevel": 1, "scoring": rows}[program]  # rows at a time unless told
+    told = None if program == "scoring" else options.micro_batch
+    return {
+        "remat": None if program == "scoring" else case.config.remat,
+        "scan_unroll": case.config.scan_unroll,
+        "rows at a time": min(told or alone, rows),
+        "meta rows at a time": min(options.meta_micro_batch or rows, rows) if program == "bilevel" else None,
+    }
+
+
+def speed(case: Case, median: float | None, rate: float) -> dict[str, Any]:
+    """What a case's median seconds amount to, on a machine of that matrix rate; None: it was not run."""
+    setting = case.setting
+    rows, num_tokens = setting.batch_size * setting.num_inner_steps, tokens_of_row(case.config, setting.num_tiles)
+    flops = model_flops(case.config, setting, num_tokens, case.options.trained)
     return {
         "B": setting.batch_size,
         "K": setting.num_inner_steps,
         "tiles": setting.num_tiles,
         "tokens": num_tokens,
-        "ms": 1e3 * median,
-        "examples/s": rows / median,
-        "tokens/s": rows * num_tokens / median,
+        "ms": median and 1e3 * median,
+        "examples/s": median and rows / median,
+        "tokens/s": median and rows * num_tokens / median,
         "model TFLOP": flops / 1e12,
-        "share of matrix rate": flops / median / rate,
+        "share of matrix rate": median and flops / median / rate,
     }
 
 
@@ -281,7 +315,7 @@ def main() -> None:
     settings = list(dict.fromkeys(settings))
     rate = matrix_rate(dtype)
     options = Options(args.estimator, args.micro_batch, args.meta_micro_batch, args.trained, args.moment_dtype)
-    rows = measure(config, settings, rate, options, args.rounds)
+    rows = measure([Case(setting, config, options) for setting in settings], rate, args.rounds)
     taken = vars(args) | {"attention": attention, "dtype": dtype}
     workload.report(args.json, taken, {"matrix TFLOP/s": rate / 1e12, "rows": rows})
 

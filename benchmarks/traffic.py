@@ -328,21 +328,15 @@ def line(config: presets.InternVLConfig, setting: step.Setting, options: step.Op
     moved = Counter(dict.fromkeys(KINDS, 0))
     for kernel in kernels(program.as_text()):
         moved[kernel.kind] += kernel.moved
-    is_bilevel, rows = setting.program == "bilevel", setting.batch_size
-    alone = {"training": rows, "bilevel": 1, "scoring": rows}[setting.program]  # rows at a time unless told
-    told = None if setting.program == "scoring" else options.micro_batch
-    memory = program.memory_analysis()
+    state, temporary = step.bytes_of(program)
     return {
-        "program": setting.program + (f" ({options.estimator})" if is_bilevel else ""),
-        "B": rows,
+        "program": setting.program + (f" ({options.estimator})" if setting.program == "bilevel" else ""),
+        "B": setting.batch_size,
         "trained": options.trained,
         "moments": options.moment_dtype or "float32",
-        "remat": None if setting.program == "scoring" else config.remat,
-        "scan_unroll": config.scan_unroll,
-        "rows at a time": min(told or alone, rows),
-        "meta rows at a time": min(options.meta_micro_batch or rows, rows) if is_bilevel else None,
-        "state GiB": memory.argument_size_in_bytes / 2**30,
-        "temporary GiB": memory.temp_size_in_bytes / 2**30,
+        **step.made_as(step.Case(setting, config, options)),
+        "state GiB": state / 2**30,
+        "temporary GiB": temporary / 2**30,
         **{f"{kind} GB": moved[kind] / 1e9 for kind in KINDS},
         "sum without products and attention GB": sum(moved[kind] for kind in KINDS if kind not in LIBRARIES) / 1e9,
         "figures": "computed",

@@ -1,12 +1,14 @@
 """The benchmarks' own arithmetic; what they measure is in docs/reproduction.md and docs/performance.md."""
 
 import json
+import os
 import sys
+from unittest.mock import ANY
 
 import jax
 import pytest
 
-from benchmarks import memory, pipeline, prepare, roofline, scoring, startup, step, workload
+from benchmarks import card, memory, pipeline, prepare, roofline, scoring, startup, step, workload
 from dreamprm_jax.models import internvl, presets
 
 CONFIG = presets.InternVLConfig(
@@ -71,6 +73,65 @@ def test_step_measures_what_is_trained_in_micro_batches(monkeypatch, tmp_path):
     (row,) = json.loads(path.read_text())["rows"]
     setting = step.Setting("training", 2, 1, 1)
     assert row["model TFLOP"] * 1e12 == pytest.approx(step.model_flops(CONFIG, setting, row["tokens"], "adapters"))
+
+
+def test_a_program_that_does_not_fit_is_not_run(monkeypatch, tmp_path):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
+    small, large = [step.bytes_of(program) for program in compiled_steps(batch_sizes=(1, 16))]
+    monkeypatch.setattr(step, "device_memory", lambda: sum(small) + 1)
+    assert sum(large) > sum(small) + 1
+    arguments = ["--batch-sizes", "1,16", "--rounds", "1", "--programs", "training"]
+    fits, does_not = run_benchmark(step, monkeypatch, tmp_path, *arguments)["rows"]
+    assert fits["ms"] > 0 and fits["share of matrix rate"] > 0
+    assert {does_not[name] for name in ("ms", "examples/s", "tokens/s", "share of matrix rate")} == {None}
+    assert does_not["temporary GiB"] * 2**30 == large[1] and does_not["compile s"] > 0
+
+
+def compiled_steps(batch_sizes):
+    state = jax.eval_shape(lambda: step.begun(CONFIG, step.Options()))
+    for batch_size in batch_sizes:
+        traced, _ = step.traced_step(CONFIG, step.Setting("training", batch_size, 1, 1), step.Options(), state)
+        yield traced.lower().compile()
+
+
+def test_the_figures_of_a_card_in_one_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
+    monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
+    lines = (card.Line("bilevel", 8, "dots", 3, micro_batch=8, meta_micro_batch=4), card.Line("scoring", 1))
+    monkeypatch.setattr(card, "LINES", lines)
+    monkeypatch.setattr(card, "apart", lambda size, rounds: [{"program": "torch, as published", "ratio": 7.5}])
+    monkeypatch.setenv(card.MEMORY, "0.1")
+    found = run_benchmark(card, monkeypatch, tmp_path, "--size", "wide", "--tiles", "1", "--rounds", "1")
+    rows = [(row["program"], row["scan_unroll"], row["rows at a time"], row["meta rows at a time"], row["ms"] > 0)
+            for row in found["steps"]]  # fmt: skip
+    assert rows == [("bilevel (dot)", 3, 8, 4, True), ("scoring", 1, 1, None, True)]
+    assert [(bar["at least"], bar["reached"]) for bar in found["bars"]] == [(0.45, ANY), (5.0, True)]
+    assert found["peers"][0]["ratio"] == 7.5 and os.environ[card.MEMORY] == card.ALONE
+    assert capsys.readouterr().out.count("# found\n") == 2  # after the peers, and at the end
+
+
+def test_bars_are_held_to_each_program_s_fastest_line():
+    def row(program, batch_size, ms, share, gigabytes=38.0):
+        state = 10.0
+        memory = {"state GiB": state, "temporary GiB": gigabytes * 1e9 / 2**30 - state}
+        return {"program": program, "B": batch_size, "ms": ms, "share of matrix rate": share, **memory}
+
+    rows = [
+        row("training", 8, 500.0, 0.41), row("training", 8, 440.0, 0.46), row("training", 1, 1.0, 0.9),
+        row("bilevel (dot)", 8, 1100.0, 0.44), row("bilevel (dot)", 8, None, None),
+        row("bilevel (dot)", 1, 150.0, 0.3, 38.0), row("bilevel (dot)", 1, 140.0, 0.3, 41.0),
+    ]  # fmt: skip
+    peers = [{"program": "ours, dot", "ratio": 1.0}, {"program": "torch, as published", "ratio": 4.9}]
+    found = [(bar["what"], pytest.approx(bar["found"]), bar["reached"]) for bar in card.bars(rows, peers)]
+    assert found == [
+        ("training, B = 8: share of the matrix rate", 0.46, True),
+        ("bilevel, B = 8: share of the matrix rate", 0.44, False),
+        ("bilevel, B = 1: hours of 100,000 iterations", 140 / 36, True),
+        ("bilevel, B = 1: GB of state and temporary memory", 41.0, False),
+        ("bilevel, B = 1: times as fast as the published code in PyTorch", 4.9, False),
+    ]
+    assert card.bars([], []) == []
 
 
 def test_the_peak_of_a_device_that_counts_and_of_one_that_does_not(monkeypatch):

@@ -480,7 +480,7 @@ def test_fused_attention_takes_rows_at_a_time_with_filler(with_cudnn):
 
 
 def test_a_cast_before_the_loop_over_layers_changes_no_bit(params, batch, monkeypatch):
-    """Kernels and a head that are cast once and their gradients, in the compute type, are those of the casts in every layer."""
+    """Kernels and a head cast once and their gradients, in the compute type, are those of the casts in every layer."""
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     narrow = internvl.cast_to_compute(config, params)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(narrow)} == {"bfloat16", "float32"}
