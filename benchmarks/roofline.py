@@ -82,8 +82,8 @@ PLANNED = {
     ("scoring", 1, None): 0.7,
     ("training", 8, "dots"): 43.6,
     ("training", 8, "full"): 8.1,
-    ("bilevel", 8, "dots"): 34.7,
-    ("bilevel", 8, "full"): 30.2,
+    ("bilevel", 8, "dots"): 32.9,
+    ("bilevel", 8, "full"): 29.1,
     ("scoring", 8, None): 1.6,
 }
 PAPER_ITERATIONS = 100_000
