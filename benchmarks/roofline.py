@@ -176,7 +176,7 @@ class Sizes(NamedTuple):
     params: int
     computed: int  # the parameters, and so a gradient, with those that stand in products in the compute type
     cast: int  # of these: what is a copy
-    first: int  # of a gradient: what the way back comes to first, the language model's part but for its embedding
+    first: int  # of a gradient: what the way back comes to first, the language model's layers and a head of its own
     embedding: int  # of the parameters: a pass reads a few rows of it
     logits: int  # of a row
     kept: int  # at a time: activations for the way back
@@ -198,20 +198,20 @@ def sizes(
     tiles_heads = FLOAT32 * at_once * setting.num_tiles * vision.num_heads * patches**2
     text_heads = FLOAT32 * at_once * language.num_heads * bucket[1] ** 2
     computed = jax.eval_shape(problem.cast_to_compute, params)
-    leaves = jax.tree.leaves(computed)
+    leaves, head = jax.tree.leaves(computed), 0 if language.tie_embeddings else embedding
     return Sizes(
         params=FLOAT32 * sum(leaf.size for leaf in leaves),
         computed=_num_bytes(leaves),
         cast=_copied(computed),
-        first=_num_bytes(jax.tree.leaves(computed["language"])) - FLOAT32 * embedding,
+        first=_num_bytes(jax.tree.leaves(computed["language"]["layers"])) + FLOAT32 * head,  # as its product has it
         embedding=0 if language.tie_embeddings else FLOAT32 * embedding,
         logits=FLOAT32 * workload.NUM_STEPS * language.vocab_size,
         kept=0 if setting.program == "scoring" else kept_bytes(config, problem, computed, batch),
         heads=vision.num_layers * tiles_heads + language.num_layers * text_heads,
         heads_of_layer=max(tiles_heads, text_heads),
         forward=max(
-            # A tower's kernels in the compute type, before and after an activation, before and after a residual sum.
-            _copied(computed[name]) + 2 * DTYPE_BYTES * at_once * positions * (tower.mlp_width + tower.width)
+            # The layers' kernels in the compute type, before and after an activation, before and after a residual sum.
+            _copied(computed[name]["layers"]) + 2 * DTYPE_BYTES * at_once * positions * (tower.mlp_width + tower.width)
             for name, tower, positions in (
                 ("vision", vision, setting.num_tiles * patches),
                 ("language", language, bucket[1]),

@@ -109,7 +109,8 @@ def test_a_layer_keeps_its_products_its_input_and_what_fused_attention_hands_on(
 
     vision, language, tokens, patches = CONFIG.vision, CONFIG.language, 3 * TOKENS, 3 * TILES * PATCHES
     wide, narrow = language.width, 2 * language.width // language.num_heads  # narrow: key and value
-    block = 2 * (7 * vision.width + vision.mlp_width) + 4 * vision.num_heads  # bytes of a patch
+    statistics = 2 * 2 * 4  # of two norms: mean and variance
+    block = 2 * (7 * vision.width + vision.mlp_width) + 4 * vision.num_heads + statistics  # bytes of a patch
     layer = 2 * (4 * wide + narrow + 2 * language.mlp_width) + 4 * language.num_heads  # and of a token
     assert kept(vision=4) - kept(vision=3) == patches * block
     assert kept(language=4) - kept(language=2) == 2 * tokens * layer
@@ -151,7 +152,7 @@ def test_the_computed_memory_is_what_is_planned_for_an_h100():
     Two with remat full are off: where so little is kept, the peak is elsewhere than with dots.
     """
     config = dataclasses.replace(workload.SIZES["internvl3_1b"], compute_dtype="bfloat16")
-    off = {("bilevel", 1, "full"): 1.54, ("training", 8, "full"): 0.85}
+    off = {("bilevel", 1, "full"): 1.46, ("training", 8, "full"): 0.85}
     for (name, batch_size, remat), gib in roofline.PLANNED.items():
         setting = step.Setting(name, batch_size, 7, 1)
         found = sizes(dataclasses.replace(config, remat=remat or "dots"), setting)
