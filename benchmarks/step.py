@@ -181,9 +181,13 @@ def begun(config: presets.InternVLConfig, options: Options) -> BilevelState:
 def measure(cases: list[Case], rate: float, rounds: int) -> list[dict[str, Any]]:
     """One dict a case; the programs share one state in turn, so that a card need not hold one each.
 
-    So the cases train the same parameters, with moments of the same type. A program that does not fit the device is
-    not run, and its line has no figures of a run.
+    A program that by its compiler's figures does not fit the device is not run, and its line has no figures of a run.
+
+    Raises:
+      ValueError: cases that do not train the same, with moments of the same type.
     """
+    if len({(case.options.trained, case.options.moment_dtype) for case in cases}) > 1:
+        raise ValueError("programs that share a state train the same, with moments of the same type")
     holder = {"state": begun(cases[0].config, cases[0].options)}
     state = jax.eval_shape(lambda: holder["state"])
 
@@ -211,7 +215,7 @@ def measure(cases: list[Case], rate: float, rounds: int) -> list[dict[str, Any]]
     seconds = {case: statistics.median(found) for case, found in workload.interleave(programs, rounds).items()}
     return [
         {
-            "program": case.setting.program + (f" ({case.options.estimator})" * (case.setting.program == "bilevel")),
+            "program": name_of(case),
             **made_as(case),
             **speed(case, seconds.get(case), rate),
             "state GiB": bytes_of(program)[0] / 2**30,
@@ -227,6 +231,12 @@ def bytes_of(program: Any) -> tuple[int, int]:
     """(arguments, temporary memory) of a compiled program, as its compiler says."""
     memory = program.memory_analysis()
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+
+def name_of(case: Case) -> str:
+    """The program, a bilevel iteration with its estimator."""
+    program = case.setting.program
+    return f"{program} ({case.options.estimator})" if program == "bilevel" else program
 
 
 def made_as(case: Case) -> dict[str, Any]:

@@ -329,12 +329,13 @@ def line(config: presets.InternVLConfig, setting: step.Setting, options: step.Op
     for kernel in kernels(program.as_text()):
         moved[kernel.kind] += kernel.moved
     state, temporary = step.bytes_of(program)
+    case = step.Case(setting, config, options)
     return {
-        "program": setting.program + (f" ({options.estimator})" if setting.program == "bilevel" else ""),
+        "program": step.name_of(case),
         "B": setting.batch_size,
         "trained": options.trained,
         "moments": options.moment_dtype or "float32",
-        **step.made_as(step.Case(setting, config, options)),
+        **step.made_as(case),
         "state GiB": state / 2**30,
         "temporary GiB": temporary / 2**30,
         **{f"{kind} GB": moved[kind] / 1e9 for kind in KINDS},

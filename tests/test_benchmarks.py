@@ -1,8 +1,12 @@
 """The benchmarks' own arithmetic; what they measure is in docs/reproduction.md and docs/performance.md."""
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
+from concurrent.futures import Future
+from pathlib import Path
 from unittest.mock import ANY
 
 import jax
@@ -76,39 +80,90 @@ def test_step_measures_what_is_trained_in_micro_batches(monkeypatch, tmp_path):
 
 
 def test_a_program_that_does_not_fit_is_not_run(monkeypatch, tmp_path):
+    """One byte less than it takes, arguments and temporary memory together."""
     monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
     monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
-    small, large = [step.bytes_of(program) for program in compiled_steps(batch_sizes=(1, 16))]
-    monkeypatch.setattr(step, "device_memory", lambda: sum(small) + 1)
-    assert sum(large) > sum(small) + 1
-    arguments = ["--batch-sizes", "1,16", "--rounds", "1", "--programs", "training"]
-    fits, does_not = run_benchmark(step, monkeypatch, tmp_path, *arguments)["rows"]
+    state = jax.eval_shape(lambda: step.begun(CONFIG, step.Options()))
+    traced, _ = step.traced_step(CONFIG, step.Setting("scoring", 2, 1, 1), step.Options(), state)
+    arguments, temporary = step.bytes_of(traced.lower().compile())
+    monkeypatch.setattr(step, "device_memory", lambda: arguments + temporary - 1)
+    options = ["--batch-sizes", "1,2", "--rounds", "1", "--programs", "scoring"]
+    fits, does_not = run_benchmark(step, monkeypatch, tmp_path, *options)["rows"]
     assert fits["ms"] > 0 and fits["share of matrix rate"] > 0
     assert {does_not[name] for name in ("ms", "examples/s", "tokens/s", "share of matrix rate")} == {None}
-    assert does_not["temporary GiB"] * 2**30 == large[1] and does_not["compile s"] > 0
+    assert does_not["temporary GiB"] * 2**30 == temporary and does_not["compile s"] > 0
 
 
-def compiled_steps(batch_sizes):
-    state = jax.eval_shape(lambda: step.begun(CONFIG, step.Options()))
-    for batch_size in batch_sizes:
-        traced, _ = step.traced_step(CONFIG, step.Setting("training", batch_size, 1, 1), step.Options(), state)
-        yield traced.lower().compile()
+def test_programs_of_one_state_train_the_same():
+    cases = [step.Case(step.Setting("training", 1, 1, 1), CONFIG, step.Options(trained=what))
+             for what in ("all", "adapters")]  # fmt: skip
+    with pytest.raises(ValueError, match="train the same"):
+        step.measure(cases, 1e9, 1)
 
 
 def test_the_figures_of_a_card_in_one_command(monkeypatch, tmp_path, capsys):
+    """Peers first, in a process of their own; a group that fails leaves the others, and what was done is written."""
     monkeypatch.setitem(workload.SIZES, "wide", CONFIG)
     monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e9)
-    lines = (card.Line("bilevel", 8, "dots", 3, micro_batch=8, meta_micro_batch=4), card.Line("scoring", 1))
-    monkeypatch.setattr(card, "LINES", lines)
-    monkeypatch.setattr(card, "apart", lambda size, rounds: [{"program": "torch, as published", "ratio": 7.5}])
-    monkeypatch.setenv(card.MEMORY, "0.1")
-    found = run_benchmark(card, monkeypatch, tmp_path, "--size", "wide", "--tiles", "1", "--rounds", "1")
-    rows = [(row["program"], row["scan_unroll"], row["rows at a time"], row["meta rows at a time"], row["ms"] > 0)
-            for row in found["steps"]]  # fmt: skip
-    assert rows == [("bilevel (dot)", 3, 8, 4, True), ("scoring", 1, 1, None, True)]
+    good = card.Line("bilevel", 8, "dots", 3, micro_batch=8, meta_micro_batch=4), card.Line("scoring", 1)
+    monkeypatch.setattr(card, "GROUPS", {"bad": (card.Line("training", 1),), "good": good})
+    measure, shares = step.measure, []
+
+    def failing(cases, *args):
+        shares.append(os.environ[card.MEMORY])
+        if cases[0].setting.program == "training":
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return measure(cases, *args)
+
+    class Pool(contextlib.nullcontext):
+        def __init__(self, count, mp_context):
+            super().__init__(self)
+            assert (count, mp_context.get_start_method()) == (1, "spawn")
+
+        def submit(self, function, size):
+            assert (function, size) == (card.peers, "wide")
+            shares.append(os.environ[card.MEMORY])
+            answer = Future()
+            answer.set_result([{"program": "torch, as published", "ratio": 7.5}])
+            return answer
+
+    monkeypatch.setattr(step, "measure", failing)
+    monkeypatch.setattr(card, "ProcessPoolExecutor", Pool)
+    for name in (card.MEMORY, card.FORMER_MEMORY):
+        monkeypatch.setenv(name, "0.1")
+    with pytest.raises(SystemExit) as ended:
+        run_benchmark(card, monkeypatch, tmp_path, "--size", "wide", "--tiles", "1", "--rounds", "1")
+    found = json.loads((tmp_path / "found.json").read_text())
+    names = ("program", "remat", "scan_unroll", "rows at a time", "meta rows at a time")
+    rows = [tuple(row[name] for name in names) for row in found["steps"]]
+    assert rows == [("bilevel (dot)", "dots", 3, 8, 4), ("scoring", None, 1, 1, None)]
     assert [(bar["at least"], bar["reached"]) for bar in found["bars"]] == [(0.45, ANY), (5.0, True)]
-    assert found["peers"][0]["ratio"] == 7.5 and os.environ[card.MEMORY] == card.ALONE
-    assert capsys.readouterr().out.count("# found\n") == 2  # after the peers, and at the end
+    assert found["peers"][0]["ratio"] == 7.5
+    assert shares == [card.BESIDE_TORCH, card.ALONE, card.ALONE] and card.FORMER_MEMORY not in os.environ
+    told = capsys.readouterr()
+    assert ended.value.code == 1 and told.err == "error: bad: RESOURCE_EXHAUSTED\n"
+    assert told.out.count("# found\n") == 3  # after the peers and each group
+
+
+def test_nothing_takes_the_card_before_the_peers():
+    program = (
+        "from benchmarks import card\n"
+        "from jax._src import xla_bridge\n"
+        "def peers_apart(size):\n"
+        "    print(size, xla_bridge.backends_are_initialized())\n"
+        "    raise SystemExit\n"
+        "card.peers_apart = peers_apart\n"
+        "card.main()\n"
+    )
+    command = [sys.executable, "-c", program, "--size", "recorded"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert told.stdout == "recorded False\n"
+
+
+def test_a_part_that_is_none_is_refused(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_benchmark(card, monkeypatch, tmp_path, "--parts", "stepz")
+    assert "--parts=stepz: choose from peers, steps" in capsys.readouterr().err
 
 
 def test_bars_are_held_to_each_program_s_fastest_line():
@@ -129,7 +184,7 @@ def test_bars_are_held_to_each_program_s_fastest_line():
         ("bilevel, B = 8: share of the matrix rate", 0.44, False),
         ("bilevel, B = 1: hours of 100,000 iterations", 140 / 36, True),
         ("bilevel, B = 1: GB of state and temporary memory", 41.0, False),
-        ("bilevel, B = 1: times as fast as the published code in PyTorch", 4.9, False),
+        ("bilevel, B = 1: times as fast as the published code", 4.9, False),
     ]
     assert card.bars([], []) == []
 

@@ -242,8 +242,9 @@ def test_a_meta_loss_in_parts_keeps_the_activations_of_one():
     assert "f64[2,7]" in parts and "f64[6,7]" not in parts
 
 
-def test_parameters_are_cast_once_for_all_turns():
-    """Every turn is given them as they are computed with; gradients come in the parameters' own type, wide sums."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # of the parameters
+def test_parameters_are_cast_once_for_all_turns(dtype):
+    """Every turn is given them as they are computed with; gradients come in the parameters' own type, sums are wide."""
     narrow = partial(jax.tree.map, lambda leaf: leaf.astype("bfloat16"))
     seen = []
 
@@ -254,7 +255,8 @@ def test_parameters_are_cast_once_for_all_turns():
     def meta_loss(params, batch):
         return jnp.mean(losses(params, batch)), {}
 
-    params, x = {"kernel": jnp.ones((1, 3), "float32")}, np.random.default_rng(0).normal(size=(8, 3))
+    # Of these numbers the sums are no bfloat16 numbers.
+    params, x = {"kernel": jnp.ones((1, 3), dtype)}, np.random.default_rng(1).uniform(0.5, 1, size=(8, 3))
     batch, found = {"x": jnp.asarray(x, "float32")}, []
     for cast in (narrow, inner.as_they_are):
         problem, _ = toy.small_problem(optax.sgd(0.1), TABLE)
@@ -262,14 +264,17 @@ def test_parameters_are_cast_once_for_all_turns():
             losses=lambda params, batch: (losses(params, batch), None), micro_batch_size=2, cast_to_compute=cast,
             weights=lambda meta_params, batch, outputs: jnp.ones(len(batch["x"]), "float32"),
         )  # fmt: skip
+        in_parts = inner.micro_batched(meta_loss, 2, cast)
         seen.clear()
-        meta_grad = jax.grad(inner.micro_batched(meta_loss, 2, cast), has_aux=True)(params, batch)[0]
-        found += [meta_grad, inner.inner_gradient(problem, params, {}, batch)[0]]
-        dtype = {narrow: "bfloat16", inner.as_they_are: "float32"}[cast]
-        assert {kind for size, kind in seen if size == 2} == {dtype}
+        in_parts(params, batch)
+        found += [
+            jax.grad(in_parts, has_aux=True)(params, batch)[0],
+            inner.inner_gradient(problem, params, {}, batch)[0],
+        ]
+        assert {kind for size, kind in seen if size == 2} == {"bfloat16" if cast is narrow else dtype}
     for grad in found:
-        assert grad["kernel"].dtype == "float32"
-        np.testing.assert_allclose(grad["kernel"], found[0]["kernel"], rtol=1e-6)
+        assert grad["kernel"].dtype == dtype
+        np.testing.assert_allclose(*(np.float64(each["kernel"]) for each in (grad, found[0])), rtol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))

@@ -1,5 +1,6 @@
-"""Pieces that both towers are made of: GELU, biases, attention, and which attention serves."""
+"""Pieces that both towers are made of: GELU, biases, norms, attention, and which attention serves."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamprm_jax.models import internvl, presets
 from dreamprm_jax.models.layers import Linear, attend_in_blocks, choose_attention, gelu, spread
 
 
@@ -47,6 +49,16 @@ def test_a_parameter_of_many_rows_has_its_gradient_added_up_in_float32(dtype):
     for found, truth in zip(slopes(params, scale), wanted, strict=True):
         assert found.dtype == dtype
         np.testing.assert_allclose(np.float64(found), truth, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_remat_dots_takes_means_and_variances_of_layer_norms_once(remat, forward_passes):
+    config = dataclasses.replace(presets.tiny(vocab_size=32), remat=remat)
+    params = jax.eval_shape(lambda: internvl.init(config, jax.random.key(0)))
+    pixels = np.zeros((1, config.vision.image_size, config.vision.image_size, 3), np.float32)
+    slope = jax.grad(lambda params: jnp.sum(internvl.vision_states(config, params, pixels)))
+    program = str(jax.make_jaxpr(slope)(params))
+    assert program.count("name=statistic") == 2 * 2 * forward_passes  # of two norms, in the loop over layers
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 300, 2100])  # one block, one block, two blocks, eight blocks

@@ -302,15 +302,6 @@ def test_remat_keeps_less_for_the_backward_pass(params, batch, monkeypatch):
     assert kept("dots") < 0.5 * kept("none")
 
 
-@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots", 1), ("full", 2)])
-def test_means_and_variances_of_norms_are_taken_once_with_remat_dots(params, remat, forward_passes):
-    config = dataclasses.replace(CONFIG, remat=remat)
-    pixels = np.zeros((1, 28, 28, 3), np.float32)
-    slope = jax.grad(lambda params: jnp.sum(internvl.vision_states(config, params, pixels)))
-    program = str(jax.make_jaxpr(slope)(params))
-    assert program.count("name=statistic") == 2 * 2 * forward_passes  # of two norms, in the loop over layers
-
-
 def test_bfloat16_stays_close_and_gives_float32_logits_and_gradients(params, batch):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     logits, expected = apply(config, params, batch), apply(CONFIG, params, batch)

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dreamprm_jax.models.presets import InternVLConfig
 from dreamprm_jax.sharding import by_rows, by_width
 
-# What remat "dots" keeps goes by these names: outputs of `Linear`, and each row's mean and variance.
+# What remat "dots" keeps goes by these names: outputs of `Linear`, and a `LayerNorm`'s means and variances.
 PROJECTION, STATISTIC = "projection", "statistic"
 _has_kept_name = jax.checkpoint_policies.save_only_these_names(PROJECTION, STATISTIC)
 
