@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import hypergradient, roofline, step, workload
-from dreamprm_jax.models import presets
-from dreamprm_jax.models.layers import choose_attention
 
 PARTS = ("peers", "steps")
 # What is held to be good enough: this project's own bars, and what the published code takes.
@@ -70,21 +68,13 @@ GROUPS = {
 }
 
 
-def config_of(size: str, remat: str, scan_unroll: int) -> presets.InternVLConfig:
-    """A model as it is computed here: on an accelerator in bfloat16, with fused attention where there is any."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    attention = choose_attention(dtype, forward_mode=False)
-    return dataclasses.replace(
-        workload.SIZES[size], compute_dtype=dtype, attention=attention, remat=remat, scan_unroll=scan_unroll
-    )
-
-
 def steps(lines: tuple[Line, ...], size: str, num_tiles: int, rate: float, rounds: int) -> list[dict[str, Any]]:
     """A row of `step.measure` for each line."""
+    config = step.computed_here(workload.SIZES[size])
     cases = [
         step.Case(
             step.Setting(line.program, line.batch_size, num_tiles, 1),
-            config_of(size, line.remat, line.scan_unroll),
+            dataclasses.replace(config, remat=line.remat, scan_unroll=line.scan_unroll),
             step.Options(micro_batch=line.micro_batch, meta_micro_batch=line.meta_micro_batch),
         )
         for line in lines
@@ -95,7 +85,7 @@ def steps(lines: tuple[Line, ...], size: str, num_tiles: int, rate: float, round
 def peers(size: str) -> list[dict[str, Any]]:
     """Ours beside PyTorch's on the recorded shapes, one round; together they need most of the card."""
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    return hypergradient.peers(config_of(size, "dots", 1), 1, device)
+    return hypergradient.peers(dataclasses.replace(step.computed_here(workload.SIZES[size]), remat="dots"), 1, device)
 
 
 def peers_apart(size: str) -> list[dict[str, Any]]:
@@ -162,7 +152,7 @@ def main() -> None:
         except (ImportError, RuntimeError) as error:  # no torch, no memory, a process that died
             print(f"error: {what}: {error}", file=sys.stderr)
             failed = True
-        config, held = config_of(args.size, "dots", 1), bars(found["steps"], found["peers"])
+        config, held = step.computed_here(workload.SIZES[args.size]), bars(found["steps"], found["peers"])
         taken = vars(args) | {"attention": config.attention, "dtype": config.compute_dtype}
         tables = {name: rows for name, rows in {**found, "bars": held}.items() if rows}
         workload.report(args.json, taken, numbers | tables)
@@ -170,7 +160,7 @@ def main() -> None:
     if "peers" in parts:
         take("peers", "peers", lambda: peers_apart(args.size))
     if "steps" in parts:
-        rate = step.matrix_rate("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        rate = step.matrix_rate(step.computed_here(workload.SIZES[args.size]).compute_dtype)
         numbers["matrix TFLOP/s"] = rate / 1e12
         for name, lines in GROUPS.items():
             take("steps", name, lambda lines=lines: steps(lines, args.size, args.tiles, rate, args.rounds))

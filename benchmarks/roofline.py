@@ -198,13 +198,13 @@ def sizes(
     tiles_heads = FLOAT32 * at_once * setting.num_tiles * vision.num_heads * patches**2
     text_heads = FLOAT32 * at_once * language.num_heads * bucket[1] ** 2
     computed = jax.eval_shape(problem.cast_to_compute, params)
-    leaves, head = jax.tree.leaves(computed), 0 if language.tie_embeddings else embedding
+    leaves, head = jax.tree.leaves(computed), 0 if language.tie_embeddings else embedding  # one of its own
     return Sizes(
         params=FLOAT32 * sum(leaf.size for leaf in leaves),
         computed=_num_bytes(leaves),
         cast=_copied(computed),
         first=_num_bytes(jax.tree.leaves(computed["language"]["layers"])) + FLOAT32 * head,  # as its product has it
-        embedding=0 if language.tie_embeddings else FLOAT32 * embedding,
+        embedding=FLOAT32 * head,  # which is all that reads a tied one whole
         logits=FLOAT32 * workload.NUM_STEPS * language.vocab_size,
         kept=0 if setting.program == "scoring" else kept_bytes(config, problem, computed, batch),
         heads=vision.num_layers * tiles_heads + language.num_layers * text_heads,

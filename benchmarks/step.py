@@ -105,6 +105,12 @@ def model_flops(config: presets.InternVLConfig, setting: Setting, num_tokens: in
     return gradient * (setting.num_inner_steps + (setting.program == "bilevel"))
 
 
+def computed_here(config: presets.InternVLConfig, forward_mode: bool = False) -> presets.InternVLConfig:
+    """A model as this machine computes it: on an accelerator in bfloat16, with fused attention where that serves."""
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dataclasses.replace(config, compute_dtype=dtype, attention=choose_attention(dtype, forward_mode))
+
+
 def matrix_rate(dtype: str) -> float:
     """Flops per second of a large matrix product of random numbers, the best of 5."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
@@ -305,16 +311,10 @@ def main() -> None:
     """Measures what the arguments ask for, and reports."""
     args = parsed()
     tiles = args.tiles or ("1" if args.size == "wide" else "7")
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    forward_mode = args.estimator not in REVERSE_ONLY
-    attention = choose_attention(dtype, forward_mode) if args.attention == "auto" else args.attention
-    config = dataclasses.replace(
-        workload.SIZES[args.size],
-        compute_dtype=dtype,
-        attention=attention,
-        remat=args.remat,
-        scan_unroll=args.scan_unroll,
-    )
+    config = computed_here(workload.SIZES[args.size], forward_mode=args.estimator not in REVERSE_ONLY)
+    config = dataclasses.replace(config, remat=args.remat, scan_unroll=args.scan_unroll)
+    if args.attention != "auto":
+        config = dataclasses.replace(config, attention=args.attention)
     settings = [
         Setting(program, batch_size, num_tiles, 1 if program == "scoring" else num_inner_steps)
         for batch_size in map(int, args.batch_sizes.split(","))
@@ -323,10 +323,10 @@ def main() -> None:
         for program in args.programs.split(",")
     ]
     settings = list(dict.fromkeys(settings))
-    rate = matrix_rate(dtype)
+    rate = matrix_rate(config.compute_dtype)
     options = Options(args.estimator, args.micro_batch, args.meta_micro_batch, args.trained, args.moment_dtype)
     rows = measure([Case(setting, config, options) for setting in settings], rate, args.rounds)
-    taken = vars(args) | {"attention": attention, "dtype": dtype}
+    taken = vars(args) | {"attention": config.attention, "dtype": config.compute_dtype}
     workload.report(args.json, taken, {"matrix TFLOP/s": rate / 1e12, "rows": rows})
 
 
