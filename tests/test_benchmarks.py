@@ -94,6 +94,17 @@ def test_a_program_that_does_not_fit_is_not_run(monkeypatch, tmp_path):
     assert does_not["temporary GiB"] * 2**30 == temporary and does_not["compile s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("backend", "forward_mode", "expected"),
+    [("gpu", False, ("bfloat16", "cudnn")), ("gpu", True, ("bfloat16", "xla")), ("cpu", False, ("float32", "xla"))],
+)
+def test_what_a_machine_computes_in(monkeypatch, backend, forward_mode, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"compute_capability": "9.0"})()])
+    config = step.computed_here(CONFIG, forward_mode)
+    assert (config.compute_dtype, config.attention) == expected
+
+
 def test_programs_of_one_state_train_the_same():
     cases = [step.Case(step.Setting("training", 1, 1, 1), CONFIG, step.Options(trained=what))
              for what in ("all", "adapters")]  # fmt: skip
